@@ -1,0 +1,1 @@
+"""What two or more stages must agree on. Imported by the numbered scripts, never run."""
