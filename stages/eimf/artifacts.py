@@ -188,7 +188,7 @@ class Stage:
             return "no finished result yet"
         manifest = load_json(path)
         old = {k: v for k, v in manifest["arguments"].items() if k not in VOLATILE}
-        new = {k: v for k, v in self._arguments().items() if k not in VOLATILE}
+        new = self.settings()
         for key in sorted(old.keys() | new.keys()):
             if old.get(key) != new.get(key):
                 return f"--{key.replace('_', '-')} was {old.get(key)!r} and is {new.get(key)!r}"
@@ -199,6 +199,10 @@ class Stage:
             if not (self.folder / file).is_file() or (self.folder / file).stat().st_size != entry["bytes"]:
                 return f"output {file} is missing or has another size"
         return None
+
+    def settings(self):
+        """The arguments that decide the result, as JSON values."""
+        return {k: v for k, v in self._arguments().items() if k not in VOLATILE}
 
     def _arguments(self):
         return json.loads(json.dumps({k: v for k, v in vars(self.args).items() if k not in SECRET}, default=str))

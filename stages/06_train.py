@@ -1,0 +1,393 @@
+"""Train a multi-interest model, alone or taught by explicit interests (EIMF; paper, 3.3-3.5 and Eq. 5-15).
+
+Reads   01_preprocess/  sequences, split
+        02_encode_text/ item_text.npy float32 (items + 1, d_t), item_has_text.npy bool           with --eimf only
+        03_cluster_users/ cluster_of_user.npy int32 (users,)                                      with --eimf only
+        05_encode_interests/ interest_vectors.npy float32 (all, d_t), interest_offsets.npy int64  with --eimf only
+Writes  06_train/<run>/
+        model.pt2         torch.export archive: history int64 (B, max_len) -> interests float32 (B, K, D), routing
+                          float32 (B, K, max_len); any batch size; needs neither this code nor any text
+        item_vectors.npy  float32 (items + 1, D), row 0 zero; item_ids.txt: line i is row i's item id, line 0 empty
+        config.json       settings, best iteration, validation metrics
+        log.jsonl         one line per validation: iteration, loss terms, metrics, seconds
+        checkpoint/       last.safetensors, from which a killed run goes on with the same result
+
+    python stages/06_train.py --dataset sample --backbone remi --eimf
+
+A run is named <backbone>[-eimf][-<control>]-s<seed>. On the sample it prints the best iteration and its validation
+Recall@50. Shapes: B batch, L history length, K interests, M explicit interests, D dimension, N items, d_t text dimension.
+"""
+import json
+import math
+import time
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import nn
+from tqdm import tqdm
+
+from eimf import losses
+from eimf.artifacts import (Stage, UserError, argument_parser, atomic, load_array, run, save_array, save_json,
+                            save_lines)
+from eimf.backbones import BACKBONES
+from eimf.data import load_interactions, load_items, padded
+from eimf.export import save_export
+from eimf.metrics import hit_matrix, per_user
+from eimf.ranking import interests_of, rank, targets_of
+
+
+def parse(argv):
+    parser = argument_parser(__doc__)
+    add = parser.add_argument
+    add("--run", help="name of the run's folder; by default made from backbone, control and seed")
+    add("--backbone", choices=[*BACKBONES, "pop"], default="remi", help="behavioural model; pop ranks by training popularity")
+    add("--eimf", action="store_true", help="teach the backbone with explicit interests (needs stages 02-05)")
+    add("--control", choices=["random-text", "shuffled-clusters"],
+        help="with --eimf: replace text vectors by random ones, or give users another user's cluster")
+    add("--seed", type=int, default=0)
+    add("--dim", type=int, default=64, help="D, size of item and interest vectors (paper: 64)")
+    add("--interests", type=int, default=4, help="K, interests per user (paper: 4)")
+    add("--max-len", type=int, default=20, help="n, newest events of a history that are read (paper: 20)")
+    add("--batch-size", type=int, default=128, help="training users per step (paper: 128)")
+    add("--learning-rate", type=float, default=1e-3, help="Adam's step size (paper: 0.001)")
+    add("--loss", choices=["softmax", "sampled", "hard-negatives"], default="softmax",
+        help="Eq. 14 over all items; over sampled negatives; over REMI's interest-aware hard negatives")
+    add("--negatives", type=int, default=1280, help="sampled negatives per step, shared by the batch (REMI: 10 per user)")
+    add("--hardness", type=float, default=10.0, help="importance exponent of hard-negatives (REMI: 10)")
+    add("--soft-read-out", action="store_true", help="attention read-out instead of the best-matching interest")
+    add("--gamma", type=float, default=0.1, help="weight of the two EIMF tasks, Eq. 15 (paper: 0.1)")
+    add("--alpha", type=float, default=0.4, help="weight of InfoNCE in the alignment, Eq. 12 (paper: 0.4)")
+    add("--beta", type=float, default=0.1, help="weight of the cosine distance in the alignment, Eq. 12 (paper: 0.1)")
+    add("--temperature", type=float, default=0.1, help="InfoNCE temperature (paper: 0.1)")
+    add("--no-semantic-prediction", action="store_true", help="ablation: without Eq. 7-9")
+    add("--no-alignment", action="store_true", help="ablation: without Eq. 10-12")
+    add("--max-iterations", type=int, default=20000, help="training steps at most")
+    add("--validate-every", type=int, default=200, help="steps between validations (paper: 200)")
+    add("--patience", type=int, default=10, help="validations without a better Recall@50 before stopping")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--threads", type=int, default=0, help="CPU threads; 0 means all cores")
+    args = parser.parse_args(argv)
+    for name in ("dim", "interests", "max_len", "batch_size", "negatives", "max_iterations", "validate_every", "patience"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    if args.control and not args.eimf:
+        parser.error("--control needs --eimf")
+    if args.backbone == "pop" and args.eimf:
+        parser.error("--backbone pop has nothing to teach; leave out --eimf")
+    if args.run is None:
+        parts = [args.backbone, "eimf" if args.eimf else None, args.control, f"s{args.seed}"]
+        args.run = "-".join(filter(None, parts))
+    return args
+
+
+class BehaviouralModel(nn.Module):
+    """Item table and backbone: history (B, L) int64 -> interests (B, K, D), routing (B, K, L). This is what serves."""
+
+    def __init__(self, n_items, args):
+        super().__init__()
+        self.items = nn.Embedding(n_items + 1, args.dim, padding_idx=0)
+        # As the REMI authors do: Kaiming's normal, std sqrt(2 / D). Smaller tables train slower and end worse.
+        nn.init.normal_(self.items.weight[1:], std=math.sqrt(2 / args.dim))
+        self.backbone = BACKBONES[args.backbone](args.dim, args.interests, args.max_len)
+
+    def forward(self, history):
+        return self.backbone(self.items(history), history > 0)
+
+
+class Popularity(nn.Module):
+    """The popularity baseline in the shape of a backbone: one interest (1,), an item's vector is its training count."""
+
+    def __init__(self, counts):
+        super().__init__()
+        self.items = nn.Embedding.from_pretrained(torch.tensor(counts, dtype=torch.float32)[:, None])
+
+    def forward(self, history):
+        share = (history > 0).float()[:, None]  # (B, 1, L)
+        return torch.ones_like(history[:, :1, None], dtype=torch.float32), share / share.sum(2, keepdim=True).clamp(min=1)
+
+
+class Teacher(nn.Module):
+    """The explicit side: frozen text vectors, one learned map to D, self-attention over explicit interests (Eq. 4, 7)."""
+
+    def __init__(self, text, args):
+        super().__init__()
+        self.args = args
+        for name, tensor in text.items():
+            self.register_buffer(name, tensor, persistent=False)  # rebuilt from the stage folders, not checkpointed
+        self.projection = nn.Linear(self.item_text.shape[1], args.dim, bias=False)  # shared by titles and interests
+        self.query, self.key, self.value = (nn.Linear(args.dim, args.dim, bias=False) for _ in range(3))
+        for weight in self.parameters():
+            nn.init.kaiming_normal_(weight)
+        self.no_title = torch.nonzero(~self.item_has_text).squeeze(1)
+
+    def explicit(self, cluster):
+        """Explicit interests of each user's typical user, cluster (B,) -> (B, M, D) and mask (B, M)."""
+        index = self.interest_index[cluster]  # (B, M), -1 where there is none
+        mask = (index >= 0) & (cluster >= 0)[:, None]
+        e = self.query.weight.new_zeros(*index.shape, self.args.dim)
+        e[mask] = self.projection(self.interest_vectors[index[mask]])  # (B, M, D), Eq. 4; padded rows cost nothing
+        scores = self.query(e) @ self.key(e).transpose(1, 2) / math.sqrt(e.shape[2])  # (B, M, M), Eq. 7
+        scores = scores.masked_fill(~mask[:, None], torch.finfo(e.dtype).min)
+        return scores.softmax(2) @ self.value(e), mask
+
+    def forward(self, model, implicit, target, user, cluster):
+        """Loss terms of both tasks, dict of scalars. implicit (B, D): the read-out of the implicit interests."""
+        args = self.args
+        titles = self.projection(self.item_text)  # (N + 1, D)
+        target_text_vector, target_id_vector = titles[target], model.items(target)  # e^T_t and e^T_i, (B, D)
+        explicit, mask = self.explicit(cluster)
+        has_title = self.item_has_text[target]
+        keep = has_title & mask.any(1)  # (B,), targets without a title have no text term
+        taught = losses.read_out(explicit, target_text_vector, mask, args.soft_read_out)  # (B, D), Eq. 8
+        terms = {}
+        if not args.no_semantic_prediction:
+            terms["semantic"] = losses.softmax_loss(taught, titles, target, self.no_title, keep)  # Eq. 9
+        if not args.no_alignment:
+            # A pair with the same target, or taught by the same typical user, is no negative of each other.
+            same_target = target[:, None] == target
+            same_teacher = cluster[:, None] == cluster
+            terms["align_user"] = (  # Eq. 10 and 12, explicit against implicit read-out
+                args.alpha * losses.info_nce(taught, implicit, same_target | same_teacher, args.temperature, keep)
+                + args.beta * losses.cosine_distance(taught, implicit, keep))
+            terms["align_item"] = (  # Eq. 11 and 12, title against ID embedding; only the target matters here
+                args.alpha * losses.info_nce(target_text_vector, target_id_vector, same_target, args.temperature, has_title)
+                + args.beta * losses.cosine_distance(target_text_vector, target_id_vector, has_title))
+        return terms
+
+
+def load_text(stage, args, n_items):
+    """Tensors of the explicit side from stages 02, 03 and 05, with the control applied."""
+    encoded, clusters, interests = (stage.input(s) for s in ("02_encode_text", "03_cluster_users", "05_encode_interests"))
+    item_text = load_array(encoded / "item_text.npy")
+    vectors = load_array(interests / "interest_vectors.npy")
+    offsets = load_array(interests / "interest_offsets.npy")
+    cluster_of_user = load_array(clusters / "cluster_of_user.npy").astype(np.int64)
+    if len(item_text) != n_items + 1 or item_text.shape[1] != vectors.shape[1]:
+        raise UserError(f"text vectors do not fit: {item_text.shape} for {n_items} items and {vectors.shape} for the explicit "
+                        "interests. Run stages 02 and 05 again, with one encoder.")
+    if cluster_of_user.max(initial=-1) >= len(offsets) - 1:
+        raise UserError(f"03 has {cluster_of_user.max() + 1} clusters, 05 has interests for {len(offsets) - 1}. "
+                        "Run stages 04 and 05 again.")
+    has_text = load_array(encoded / "item_has_text.npy")
+    if not has_text.any():
+        raise UserError(f"no item of {args.dataset} has a title, so there is nothing to teach with; train without --eimf")
+    rng = np.random.default_rng([args.seed, 1])
+    if args.control == "random-text":
+        item_text, vectors = (_random_unit(rng, x.shape) for x in (item_text, vectors))
+    if args.control == "shuffled-clusters":
+        clustered = np.flatnonzero(cluster_of_user >= 0)
+        cluster_of_user[clustered] = cluster_of_user[rng.permutation(clustered)]
+    # Ragged sets as one padded index, (clusters, M); the last row, all -1, is where cluster -1 points.
+    lengths = np.diff(offsets)
+    column = np.arange(max(lengths.max(initial=0), 1))
+    index = np.where(column < lengths[:, None], offsets[:-1, None] + column, -1)
+    index = np.concatenate([index, np.full((1, len(column)), -1)])
+    tensors = {"item_text": item_text, "item_has_text": has_text, "interest_vectors": vectors, "interest_index": index}
+    return {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in tensors.items()}, cluster_of_user
+
+
+def _random_unit(rng, shape):
+    x = rng.standard_normal(shape, dtype=np.float32)
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+class Batches:
+    """One random target per sampled user: position k in [4, len) and the up to max_len events before it (paper, 4.1).
+
+    Batch t depends on (seed, t) alone, so a resumed run sees the same batches. Under leave-one-out a training
+    prefix can be shorter than 5 events; its only target is then the last one.
+    """
+
+    def __init__(self, interactions, args):
+        self.items, self.args = interactions.items, args
+        users, start, end = interactions.training_ranges()
+        keep = end - start >= 2
+        self.users, self.start, self.length = users[keep], start[keep], (end - start)[keep]
+        if not len(self.users):
+            raise UserError("no training user has two events or more; lower --min-interactions in stage 01 or give more data")
+        self.low = np.minimum(4, self.length - 1)
+
+    def __getitem__(self, t):
+        rng = np.random.default_rng([self.args.seed, t])
+        size = min(self.args.batch_size, len(self.users))
+        row = rng.choice(len(self.users), size, replace=False)
+        k = self.low[row] + (rng.random(size) * (self.length - self.low)[row]).astype(np.int64)
+        at = self.start[row] + k
+        history = padded(self.items, self.start[row], at, self.args.max_len)  # (B, L)
+        return history, self.items[at].astype(np.int64), self.users[row]
+
+
+def train(stage, args, interactions, model, teacher, cluster_of_user, device):
+    """Optimise until early stop. Returns the best state dict and a summary. Goes on from checkpoint/last.safetensors."""
+    modules = nn.ModuleDict({"model": model} | ({"teacher": teacher} if teacher else {}))
+    parameters = dict(modules.named_parameters())
+    optimizer = torch.optim.Adam(parameters.values(), lr=args.learning_rate, fused=device.type in ("cpu", "cuda"))
+    padding = torch.zeros(1, dtype=torch.int64, device=device)
+    batches = Batches(interactions, args)
+    state = {"iteration": 0, "best_iteration": 0, "best": None, "seconds": 0.0, "log": []}
+    best = {}
+    path = stage.folder / "checkpoint" / "last.safetensors"
+    identity = json.dumps({"arguments": stage.settings(), "inputs": stage.inputs}, sort_keys=True)
+    if path.is_file():
+        restored = load_checkpoint(path, identity, parameters, optimizer, device)
+        if restored:
+            state, best = restored
+            stage.log.info("going on from iteration %d", state["iteration"])
+        else:
+            stage.log.info("the checkpoint is of other settings or inputs; starting anew")
+    sums, started = {}, time.perf_counter() - state["seconds"]
+    progress = tqdm(total=args.max_iterations, initial=state["iteration"], desc=args.run, unit="step", mininterval=1)
+    while state["iteration"] < args.max_iterations and not _stopped(state, args):
+        t = state["iteration"] = state["iteration"] + 1
+        torch.manual_seed(args.seed * 1_000_003 + t)  # dropout and negatives depend on (seed, t) alone
+        history, target, users = batches[t]
+        history, target = torch.from_numpy(history).to(device), torch.from_numpy(target).to(device)
+        model.train()
+        interests, routing = model(history)  # (B, K, D), (B, K, L)
+        implicit = losses.read_out(interests, model.items(target), soft=args.soft_read_out)  # (B, D), Eq. 6
+        terms = {"recommendation": recommendation_loss(args, implicit, model.items.weight, target, padding),
+                 "regulariser": model.backbone.regulariser(routing)}
+        if teacher:
+            cluster = torch.from_numpy(cluster_of_user[users]).to(device)
+            taught = teacher(model, implicit, target, users, cluster)
+            terms |= {name: args.gamma * term for name, term in taught.items()}  # Eq. 15
+        loss = sum(terms.values())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        for name, term in terms.items():
+            sums[name] = sums.get(name, 0) + term.detach()
+        progress.update()
+        if t % args.validate_every == 0 or t == args.max_iterations:
+            means = {name: float(total) / ((t - 1) % args.validate_every + 1) for name, total in sums.items()}
+            if not math.isfinite(sum(means.values())):
+                raise UserError(f"the loss became {sum(means.values())} before iteration {t} (terms {means}). "
+                                "Lower --learning-rate, or look for extreme values in the text vectors.")
+            metrics = validate(model, interactions, args, device)
+            state["seconds"] = round(time.perf_counter() - started, 2)
+            if state["best"] is None or metrics["recall@50"] > state["best"]["recall@50"]:
+                state |= {"best": metrics, "best_iteration": t}
+                best = {name: p.detach().clone() for name, p in model.state_dict().items()}
+            entry = {"iteration": t, "loss": {k: round(v, 6) for k, v in means.items()},
+                     "valid": {k: round(v, 6) for k, v in metrics.items()}, "seconds": state["seconds"]}
+            state["log"].append(entry)
+            save_checkpoint(path, identity, state, best, parameters, optimizer)
+            sums = {}
+            progress.set_postfix_str(" ".join(f"{k[:9]} {v:.3f}" for k, v in means.items())
+                                     + f" R@50 {metrics['recall@50']:.4f} best {state['best']['recall@50']:.4f}")
+    progress.close()
+    save_lines(stage.folder / "log.jsonl", state["log"])
+    return best, state
+
+
+def _stopped(state, args):
+    return bool(state["log"]) and state["iteration"] - state["best_iteration"] >= args.patience * args.validate_every
+
+
+def recommendation_loss(args, implicit, table, target, padding):
+    """Eq. 13-14 (13 means the implicit read-out): softmax over all items, or one of the sampled losses."""
+    if args.loss == "softmax":
+        return losses.softmax_loss(implicit, table, target, padding)
+    negatives = torch.randint(1, len(table), (args.negatives,), device=table.device)
+    return losses.sampled_softmax_loss(implicit, table, target, negatives,
+                                       args.hardness if args.loss == "hard-negatives" else 0.0)
+
+
+def validate(model, interactions, args, device):
+    """Mean metrics over validation users, exact ranking by the scoring kernel. Dict of floats."""
+    model.eval()
+    users, start, middle, end = interactions.evaluation_ranges("valid")
+    history = padded(interactions.items, start, middle, args.max_len)
+    interests, _ = interests_of(model, history, device)
+    ranked, _, _ = rank(interests, model.items.weight.detach().cpu().numpy(), 50, n_threads=args.threads)
+    hits, n_targets = hit_matrix(ranked, *targets_of(interactions.items, middle, end))
+    return {name: float(values.mean()) for name, values in per_user(hits, n_targets, (20, 50)).items()}
+
+
+def save_checkpoint(path, identity, state, best, parameters, optimizer):
+    """All that a resumed run needs, in one file, written atomically."""
+    tensors = {f"parameter/{name}": p.detach() for name, p in parameters.items()}
+    tensors |= {f"best/{name}": p for name, p in best.items()}
+    for name, p in parameters.items():
+        tensors |= {f"optimizer/{name}/{key}": value for key, value in optimizer.state[p].items()}
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+    path.parent.mkdir(exist_ok=True)
+    with atomic(path, "wb") as file:
+        file.write(save(tensors, metadata={"identity": identity, "state": json.dumps(state)}))
+
+
+def load_checkpoint(path, identity, parameters, optimizer, device):
+    """Restore in place; returns (state, best state dict), or None if the checkpoint is of other settings or inputs."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            if file.metadata()["identity"] != identity:
+                return None
+            tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}
+            state = json.loads(file.metadata()["state"])
+    except Exception as error:  # safetensors raises its own, undocumented types for a damaged file
+        raise UserError(f"{path} cannot be read ({error}); delete it to train from the start") from None
+    best = {}
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            kind, rest = name.split("/", 1)
+            if kind == "parameter":
+                parameters[rest].copy_(tensor)
+            elif kind == "best":
+                best[rest] = tensor
+            else:
+                owner, key = rest.rsplit("/", 1)
+                optimizer.state[parameters[owner]][key] = tensor.cpu() if key == "step" and device.type == "cpu" else tensor
+    return state, best
+
+
+def pick_device(name):
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {name}: torch {torch.__version__} finds no CUDA device; use --device cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: expected auto, cpu, cuda or cuda:N") from None
+
+
+def main(argv=None):
+    args = parse(argv)
+    stage = Stage("06_train", args, run=args.run)
+    source = stage.input("01_preprocess")
+    interactions, items = load_interactions(source), load_items(source)
+    text, cluster_of_user = load_text(stage, args, interactions.n_items) if args.eimf else (None, None)
+    if stage.is_done():
+        return
+    stage.begin()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    device = pick_device(args.device)
+    torch.manual_seed(args.seed)
+    if args.backbone == "pop":
+        model, state = Popularity(interactions.training_counts()), {"best_iteration": 0, "iteration": 0}
+        state["best"] = validate(model, interactions, args, torch.device("cpu"))
+        save_lines(stage.folder / "log.jsonl", [])
+    else:
+        model = BehaviouralModel(interactions.n_items, args).to(device)
+        teacher = Teacher(text, args).to(device) if args.eimf else None
+        best, state = train(stage, args, interactions, model, teacher, cluster_of_user, device)
+        model.load_state_dict(best)
+    save_export(model, args.max_len, stage.folder / "model.pt2")
+    save_array(stage.folder / "item_vectors.npy", model.items.weight.detach().cpu().numpy())
+    save_lines(stage.folder / "item_ids.txt", ["", *(item["id"] for item in items[1:])])
+    summary = {"best_iteration": state["best_iteration"], "iterations": state["iteration"], "valid": state["best"]}
+    settings = {"run": args.run, "backbone": args.backbone, "eimf": args.eimf, "control": args.control, "seed": args.seed,
+                "max_len": args.max_len, "dim": model.items.weight.shape[1], "items": interactions.n_items}
+    save_json(stage.folder / "config.json", settings | summary)
+    outputs = ["model.pt2", "item_vectors.npy", "item_ids.txt", "config.json", "log.jsonl"]
+    stage.finish(summary, outputs)
+    print(f"{args.run}: best at iteration {summary['best_iteration']} of {summary['iterations']}, "
+          f"validation Recall@50 {summary['valid']['recall@50']:.4f}, written to {stage.folder}")
+
+
+if __name__ == "__main__":
+    run(main)
