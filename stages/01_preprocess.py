@@ -1,0 +1,216 @@
+"""Stage 01: raw interactions and item metadata -> filtered sequences, item table, split (paper, section 4.1).
+
+Reads, from --raw-dir by the name --source or named one by one with --interactions and --items:
+    Amazon 2014/2018/2023 reviews and metadata (JSON or Python-literal lines), RecBole .inter/.item files, CSV or TSV;
+    plain or gzipped. `eimf/readers.py` lists the field names.
+Writes to <data-dir>/<dataset>/01_preprocess/ (items are numbered from 1, users from 0):
+    items.jsonl            line i is item i: item, id, title (or null), categories (list), brand (or null)
+    users.txt              line u is user u's id
+    sequence_items.npy     int32 (interactions,)  all users' item numbers, user after user, oldest first
+    sequence_times.npy     int64 (interactions,)  Unix time of each, seconds
+    sequence_offsets.npy   int64 (users + 1,)     user u's events are [offsets[u], offsets[u + 1])
+    split.npy              uint8 (users,)         0 train, 1 valid, 2 test; all 0 with --split leave-one-out
+    stats.json             the table printed at the end, and every broken line's count, first examples and reasons
+
+    python stages/01_preprocess.py --dataset Office_Products --raw-dir ../shared/data/raw --split file-order
+
+Exact copies of an event (same user, item and time) are dropped first. Then items, then users with fewer than
+--min-interactions events are dropped, one pass each as in the paper (--k-core repeats until nothing changes). Items are
+numbered by descending number of events, ties by first appearance in the file; users by first appearance. Events of
+the same time keep the order of the file.
+"""
+from pathlib import Path
+
+import numpy as np
+from eimf.artifacts import Stage, UserError, argument_parser, run, save_array, save_json, save_lines
+from eimf.data import TEST, TRAIN, VALID
+from eimf.readers import FORMATS, Report, detect, read_events, read_items
+
+INTERACTION_NAMES = ("reviews_{}_5.json", "reviews_{}.json", "{}_5.json", "{}.jsonl", "{}.json", "{}.inter", "{}/{}.inter",
+                     "{}.csv", "{}.tsv")
+ITEM_NAMES = ("meta_{}.json", "meta_{}.jsonl", "{}.item", "{}/{}.item", "{}_items.csv", "{}_items.tsv")
+
+
+def parse_arguments(argv):
+    parser = argument_parser(__doc__)
+    parser.add_argument("--raw-dir", type=Path, help="folder of the raw files (default: <data-dir>/raw)")
+    parser.add_argument("--source", help="name in the raw files' names (default: the data set's)")
+    parser.add_argument("--interactions", type=Path, help="the interactions' file, whatever its name")
+    parser.add_argument("--items", type=Path, help="the item metadata's file, whatever its name")
+    parser.add_argument("--format", default="auto", choices=["auto", *FORMATS], help="format of the interactions")
+    for name in ("user", "item", "time", "title", "category", "brand"):
+        parser.add_argument(f"--{name}-column", help=f"field of the {name} (default: the format's own name)")
+    parser.add_argument("--time-unit", choices=["s", "ms"], help="unit of numeric times (default: ms in amazon-2023, else s)")
+    parser.add_argument("--min-interactions", type=int, default=5, help="fewest events of an item and of a user (paper: 5)")
+    parser.add_argument("--k-core", action="store_true", help="repeat the filter until all that is left satisfies it")
+    parser.add_argument("--split", default="random", choices=["random", "file-order", "leave-one-out"],
+                        help="users 8:1:1 at random or in order of first appearance, or each user's last two events")
+    parser.add_argument("--seed", type=int, default=0, help="seed of --split random")
+    return parser.parse_args(argv)
+
+
+def find(folder, names, source):
+    """The first of `names` (also with .gz) that exists in `folder`, or None; and the list of all that were tried."""
+    tried = [folder / (name.replace("{}", source) + suffix) for name in names for suffix in (".gz", "")]
+    return next((path for path in tried if path.is_file()), None), tried
+
+
+def locate(args):
+    """(interactions file, items file or None). Raises UserError that lists what was looked for."""
+    if args.interactions:
+        for path in filter(None, (args.interactions, args.items)):
+            if not path.is_file():
+                raise UserError(f"{path}: no such file")
+        return args.interactions, args.items
+    folder, source = args.raw_dir or args.data_dir / "raw", args.source or args.dataset
+    interactions, tried = find(folder, INTERACTION_NAMES, source)
+    if interactions is None:
+        advice = ("python data/make_sample.py makes the sample's files" if source == "sample" else
+                  "Give --raw-dir DIR and --source NAME, or --interactions FILE, or --download for a public 2014 data set")
+        raise UserError(f"no interactions in {folder}; looked for {', '.join(str(t.relative_to(folder)) for t in tried)}. "
+                        f"{advice}.")
+    items, tried = (args.items, []) if args.items else find(folder, ITEM_NAMES, source)
+    if items is None and ".json" in interactions.name:
+        raise UserError(f"no item metadata in {folder}; looked for {', '.join(str(t.relative_to(folder)) for t in tried)}. "
+                        f"Give --items FILE, or --interactions {interactions} alone to go without titles.")
+    return interactions, items
+
+
+def field_names(form, args):
+    given = {"user": args.user_column, "item": args.item_column, "time": args.time_column, "title": args.title_column,
+             "categories": args.category_column, "brand": args.brand_column}
+    return FORMATS[form] | {column: name for column, name in given.items() if name is not None}
+
+
+def ordered(columns):
+    """(users, items, times) sorted by user, then time, ties in the given order, exact copies dropped; and how many."""
+    users, items, times = (np.frombuffer(column, dtype=column.typecode) for column in columns)
+    order = np.lexsort((times, users))  # stable
+    users, items, times = users[order], items[order], times[order]
+    del order
+    same = np.zeros(len(users) + 1, bool)  # event j has the user and time of event j - 1
+    same[1:-1] = (users[1:] == users[:-1]) & (times[1:] == times[:-1])
+    tied = np.flatnonzero(same[1:] | same[:-1])
+    group = np.cumsum(~same[tied])
+    inner = np.lexsort((items[tied], group))
+    again = (np.diff(group[inner]) == 0) & (np.diff(items[tied][inner]) == 0)
+    copies = tied[inner[1:][again]]
+    if len(copies):
+        keep = np.ones(len(users), bool)
+        keep[copies] = False
+        users, items, times = users[keep], items[keep], times[keep]
+    return users, items, times, len(copies)
+
+
+def frequent(users, items, minimum, repeat):
+    """Mask of the events whose item, then user, has at least `minimum` events (paper, 4.1); until stable on `repeat`."""
+    keep = np.ones(len(users), bool)
+    while True:
+        before = np.count_nonzero(keep)
+        for ids in (items, users):
+            keep &= (np.bincount(ids[keep], minlength=ids.max() + 1) >= minimum)[ids]
+        if not repeat or np.count_nonzero(keep) == before:
+            return keep
+
+
+def split_users(n, kind, seed):
+    """uint8 (n,): the first int(0.8 n) users of the order train, the next int(0.1 n) valid, the rest test."""
+    split = np.full(n, TRAIN, np.uint8)
+    if kind != "leave-one-out":
+        if n < 10:
+            raise UserError(f"{n} users are left; an 8:1:1 split needs at least 10. Lower --min-interactions or use more data")
+        order = np.random.default_rng(seed).permutation(n) if kind == "random" else np.arange(n)
+        train, valid = int(0.8 * n), int(0.1 * n)
+        split[order[train:train + valid]] = VALID
+        split[order[train + valid:]] = TEST
+    return split
+
+
+def item_table(ids, path, form, fields, report):
+    """Rows of items.jsonl; `ids[i]` is item i + 1's id. A field is taken from the first line that has it."""
+    rows = {key: {"item": i, "id": key, "title": None, "categories": [], "brand": None} for i, key in enumerate(ids, 1)}
+    if path is not None:
+        for key, title, categories, brand in read_items(path, form, fields, rows, report):
+            row = rows[key]
+            row["title"] = row["title"] or title
+            row["categories"] = row["categories"] or categories
+            row["brand"] = row["brand"] or brand
+    return list(rows.values())
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    if args.min_interactions < 1:
+        raise UserError(f"--min-interactions is {args.min_interactions}; expected 1 or more")
+    stage = Stage("01_preprocess", args)
+    interactions, metadata = locate(args)
+    for path in filter(None, (interactions, metadata)):
+        stage.input_file(path)
+    if stage.is_done():
+        return
+    folder = stage.begin()
+
+    form = detect(interactions) if args.format == "auto" else args.format
+    stage.log.info("reading %s as %s", interactions, form)
+    scale = 1 if (args.time_unit or ("ms" if form == "amazon-2023" else "s")) == "ms" else 1000
+    report = Report(interactions)
+    *columns, user_index, item_index = read_events(interactions, form, field_names(form, args), scale, report)
+    user_ids, item_ids = list(user_index), list(item_index)
+    del user_index, item_index
+    read = len(columns[0])
+    users, items, times, copies = ordered(columns)
+    del columns
+    keep = frequent(users, items, args.min_interactions, args.k_core)
+    users, items, times = users[keep], items[keep], times[keep]
+    if not len(users):
+        raise UserError(f"{interactions}: nothing is left of {read:,} interactions by {len(user_ids):,} users with "
+                        f"{len(item_ids):,} items when each needs {args.min_interactions}; lower --min-interactions")
+
+    popularity = np.bincount(items, minlength=len(item_ids))
+    order = np.argsort(-popularity, kind="stable")[:np.count_nonzero(popularity)]
+    number = np.zeros(len(item_ids), np.int32)
+    number[order] = np.arange(1, len(order) + 1)
+    activity = np.bincount(users, minlength=len(user_ids))
+    present = np.flatnonzero(activity)
+    offsets = np.concatenate([[0], np.cumsum(activity[present])]).astype(np.int64)
+    split = split_users(len(present), args.split, args.seed)
+
+    reports = [report]
+    if metadata is not None:
+        meta_form = detect(metadata) if args.format == "auto" or metadata.suffix != interactions.suffix else form
+        reports.append(Report(metadata))
+        rows = item_table([item_ids[i] for i in order], metadata, meta_form, field_names(meta_form, args), reports[1])
+    else:
+        rows = item_table([item_ids[i] for i in order], None, form, None, None)
+
+    for r in reports:
+        for example in r.examples:
+            stage.log.warning("%s, line %d: %s", r.path, example["line"], example["reason"])
+        if r.broken:
+            stage.log.warning("%s: %d of %d lines are broken and left out", r.path, r.broken, r.lines)
+    save_lines(folder / "items.jsonl", rows)
+    save_lines(folder / "users.txt", (user_ids[u] for u in present))
+    save_array(folder / "sequence_items.npy", number[items])
+    save_array(folder / "sequence_times.npy", times // 1000)
+    save_array(folder / "sequence_offsets.npy", offsets)
+    save_array(folder / "split.npy", split)
+    train, valid, test = np.bincount(split, minlength=3).tolist()
+    stats = {
+        "users": len(present), "items": len(order), "interactions": len(items),
+        "mean_length": round(len(items) / len(present), 3), "split": args.split,
+        "train_users": train, "valid_users": valid, "test_users": test,
+        "items_with_title": sum(row["title"] is not None for row in rows),
+        "items_with_categories": sum(bool(row["categories"]) for row in rows),
+        "events_read": read, "duplicates_dropped": copies, "filtered_out": read - copies - len(items),
+        "broken_lines": sum(r.broken for r in reports), "files": [r.as_dict() for r in reports],
+    }
+    save_json(folder / "stats.json", stats)
+    summary = {key: value for key, value in stats.items() if key != "files"}
+    for key, value in summary.items():
+        print(f"{key.replace('_', ' '):22} {value:>12,}" if not isinstance(value, str) else
+              f"{key.replace('_', ' '):22} {value:>12}")
+    stage.finish(summary)
+
+
+if __name__ == "__main__":
+    run(main)
