@@ -184,10 +184,9 @@ def main(argv=None):
         rows = item_table([item_ids[i] for i in order], None, form, None, None)
 
     for r in reports:
-        for example in r.examples:
-            stage.log.warning("%s, line %d: %s", r.path, example["line"], example["reason"])
         if r.broken:
-            stage.log.warning("%s: %d of %d lines are broken and left out", r.path, r.broken, r.lines)
+            stage.log.warning("%s: %d of %d lines are broken and left out; the first is line %d: %s (more in stats.json)",
+                              r.path, r.broken, r.lines, r.examples[0]["line"], r.examples[0]["reason"])
     save_lines(folder / "items.jsonl", rows)
     save_lines(folder / "users.txt", (user_ids[u] for u in present))
     save_array(folder / "sequence_items.npy", number[items])

@@ -133,7 +133,7 @@ def parse_line(line):
                 warnings.simplefilter("ignore")  # '\d' in a title is no business of ours
                 record = ast.literal_eval(line.strip())
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            raise BadLine(f"neither JSON ({reason}) nor a Python literal: {line.strip()[:40]!r}") from None
+            raise BadLine(f"neither JSON ({reason}) nor a Python literal, {len(line)} characters: {line.strip()[:40]!r}...") from None
     if not isinstance(record, dict):
         raise BadLine(f"expected an object with named fields, found {line.strip()[:40]!r}")
     return record
