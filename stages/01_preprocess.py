@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 from eimf.artifacts import Stage, UserError, argument_parser, run, save_array, save_json, save_lines
 from eimf.data import TEST, TRAIN, VALID
+from eimf.download import BASE_URL, download
 from eimf.readers import FORMATS, Report, detect, read_events, read_items
 
 INTERACTION_NAMES = ("reviews_{}_5.json", "reviews_{}.json", "{}_5.json", "{}.jsonl", "{}.json", "{}.inter", "{}/{}.inter",
@@ -37,6 +38,8 @@ def parse_arguments(argv):
     parser.add_argument("--source", help="name in the raw files' names (default: the data set's)")
     parser.add_argument("--interactions", type=Path, help="the interactions' file, whatever its name")
     parser.add_argument("--items", type=Path, help="the item metadata's file, whatever its name")
+    parser.add_argument("--download", action="store_true", help="fetch the public Amazon 2014 files into --raw-dir first")
+    parser.add_argument("--base-url", default=BASE_URL, help="where --download finds them")
     parser.add_argument("--format", default="auto", choices=["auto", *FORMATS], help="format of the interactions")
     for name in ("user", "item", "time", "title", "category", "brand"):
         parser.add_argument(f"--{name}-column", help=f"field of the {name} (default: the format's own name)")
@@ -57,12 +60,16 @@ def find(folder, names, source):
 
 def locate(args):
     """(interactions file, items file or None). Raises UserError that lists what was looked for."""
+    for path in filter(None, (args.interactions, args.items)):
+        if not path.is_file():
+            raise UserError(f"{path}: no such file")
     if args.interactions:
-        for path in filter(None, (args.interactions, args.items)):
-            if not path.is_file():
-                raise UserError(f"{path}: no such file")
+        if args.download:
+            raise UserError("--download fetches files by --source; it does not go with --interactions")
         return args.interactions, args.items
     folder, source = args.raw_dir or args.data_dir / "raw", args.source or args.dataset
+    if args.download:
+        download(source, folder, args.base_url)
     interactions, tried = find(folder, INTERACTION_NAMES, source)
     if interactions is None:
         advice = ("python data/make_sample.py makes the sample's files" if source == "sample" else
@@ -76,17 +83,24 @@ def locate(args):
     return interactions, items
 
 
-def field_names(form, args):
+def given_columns(args):
+    """The field names that were named by flags."""
     given = {"user": args.user_column, "item": args.item_column, "time": args.time_column, "title": args.title_column,
              "categories": args.category_column, "brand": args.brand_column}
-    return FORMATS[form] | {column: name for column, name in given.items() if name is not None}
+    return {column: name for column, name in given.items() if name is not None}
 
 
 def ordered(columns):
-    """(users, items, times) sorted by user, then time, ties in the given order, exact copies dropped; and how many."""
+    """(users, items, times) sorted by user, then time, ties in the given order, exact copies dropped; and how many.
+
+    Empties the list `columns`, so that each raw column is freed as soon as it has been sorted.
+    """
     users, items, times = (np.frombuffer(column, dtype=column.typecode) for column in columns)
+    columns.clear()
     order = np.lexsort((times, users))  # stable
-    users, items, times = users[order], items[order], times[order]
+    users = users[order]
+    items = items[order]
+    times = times[order]
     del order
     same = np.zeros(len(users) + 1, bool)  # event j has the user and time of event j - 1
     same[1:-1] = (users[1:] == users[:-1]) & (times[1:] == times[:-1])
@@ -113,6 +127,22 @@ def frequent(users, items, minimum, repeat):
             return keep
 
 
+def renumbered(users, items):
+    """Final numbers for sorted events with raw numbers in order of first appearance.
+
+    Returns (raw number of each final user, ascending; offsets int64 (users + 1,); raw number of each final item, by descending
+    number of events, ties by first appearance; the events' final item numbers, int32, from 1).
+    """
+    popularity, activity = np.bincount(items), np.bincount(users)
+    kept_items = np.argsort(-popularity, kind="stable")[:np.count_nonzero(popularity)]
+    kept_users = np.flatnonzero(activity)
+    number = np.zeros(len(popularity), np.int32)
+    number[kept_items] = np.arange(1, len(kept_items) + 1)
+    offsets = np.zeros(len(kept_users) + 1, np.int64)
+    np.cumsum(activity[kept_users], out=offsets[1:])
+    return kept_users, offsets, kept_items, number[items]
+
+
 def split_users(n, kind, seed):
     """uint8 (n,): the first int(0.8 n) users of the order train, the next int(0.1 n) valid, the rest test."""
     split = np.full(n, TRAIN, np.uint8)
@@ -126,16 +156,14 @@ def split_users(n, kind, seed):
     return split
 
 
-def item_table(ids, path, form, fields, report):
-    """Rows of items.jsonl; `ids[i]` is item i + 1's id. A field is taken from the first line that has it."""
-    rows = {key: {"item": i, "id": key, "title": None, "categories": [], "brand": None} for i, key in enumerate(ids, 1)}
-    if path is not None:
-        for key, title, categories, brand in read_items(path, form, fields, rows, report):
-            row = rows[key]
-            row["title"] = row["title"] or title
-            row["categories"] = row["categories"] or categories
-            row["brand"] = row["brand"] or brand
-    return list(rows.values())
+def add_metadata(rows, path, form, given, report):
+    """Fill in `rows` (of items.jsonl, by id) from the metadata file. Each field is taken from the first line that has it."""
+    required = [column for column in ("title", "categories", "brand") if column in given]
+    for key, title, categories, brand in read_items(path, form, FORMATS[form] | given, rows, report, required):
+        row = rows[key]
+        row["title"] = row["title"] or title
+        row["categories"] = row["categories"] or categories
+        row["brand"] = row["brand"] or brand
 
 
 def main(argv=None):
@@ -150,53 +178,53 @@ def main(argv=None):
         return
     folder = stage.begin()
 
-    form = detect(interactions) if args.format == "auto" else args.format
+    given = given_columns(args)
+    form = detect(interactions, given.values()) if args.format == "auto" else args.format
     stage.log.info("reading %s as %s", interactions, form)
     scale = 1 if (args.time_unit or ("ms" if form == "amazon-2023" else "s")) == "ms" else 1000
     report = Report(interactions)
-    *columns, user_index, item_index = read_events(interactions, form, field_names(form, args), scale, report)
+    *columns, user_index, item_index = read_events(interactions, form, FORMATS[form] | given, scale, report)
     user_ids, item_ids = list(user_index), list(item_index)
     del user_index, item_index
     read = len(columns[0])
+    if not read:
+        raise UserError(f"{interactions}: no interactions, only blank lines")
     users, items, times, copies = ordered(columns)
-    del columns
     keep = frequent(users, items, args.min_interactions, args.k_core)
     users, items, times = users[keep], items[keep], times[keep]
     if not len(users):
         raise UserError(f"{interactions}: nothing is left of {read:,} interactions by {len(user_ids):,} users with "
                         f"{len(item_ids):,} items when each needs {args.min_interactions}; lower --min-interactions")
 
-    popularity = np.bincount(items, minlength=len(item_ids))
-    order = np.argsort(-popularity, kind="stable")[:np.count_nonzero(popularity)]
-    number = np.zeros(len(item_ids), np.int32)
-    number[order] = np.arange(1, len(order) + 1)
-    activity = np.bincount(users, minlength=len(user_ids))
-    present = np.flatnonzero(activity)
-    offsets = np.concatenate([[0], np.cumsum(activity[present])]).astype(np.int64)
-    split = split_users(len(present), args.split, args.seed)
+    kept_users, offsets, kept_items, items = renumbered(users, items)
+    split = split_users(len(kept_users), args.split, args.seed)
 
+    rows = {item_ids[i]: {"item": n, "id": item_ids[i], "title": None, "categories": [], "brand": None}
+            for n, i in enumerate(kept_items, 1)}
     reports = [report]
     if metadata is not None:
-        meta_form = detect(metadata) if args.format == "auto" or metadata.suffix != interactions.suffix else form
+        item_form = detect(metadata, given.values())
+        same_kind = item_form.startswith("amazon") == form.startswith("amazon")  # else the flags are not about this file
         reports.append(Report(metadata))
-        rows = item_table([item_ids[i] for i in order], metadata, meta_form, field_names(meta_form, args), reports[1])
-    else:
-        rows = item_table([item_ids[i] for i in order], None, form, None, None)
+        add_metadata(rows, metadata, item_form, given if same_kind else {}, reports[1])
+    elif not form.startswith("amazon"):  # titles may stand beside the interactions
+        add_metadata(rows, interactions, form, given, Report(interactions))
+    rows = list(rows.values())
 
     for r in reports:
         if r.broken:
             stage.log.warning("%s: %d of %d lines are broken and left out; the first is line %d: %s (more in stats.json)",
                               r.path, r.broken, r.lines, r.examples[0]["line"], r.examples[0]["reason"])
     save_lines(folder / "items.jsonl", rows)
-    save_lines(folder / "users.txt", (user_ids[u] for u in present))
-    save_array(folder / "sequence_items.npy", number[items])
+    save_lines(folder / "users.txt", (user_ids[u] for u in kept_users))
+    save_array(folder / "sequence_items.npy", items)
     save_array(folder / "sequence_times.npy", times // 1000)
     save_array(folder / "sequence_offsets.npy", offsets)
     save_array(folder / "split.npy", split)
     train, valid, test = np.bincount(split, minlength=3).tolist()
     stats = {
-        "users": len(present), "items": len(order), "interactions": len(items),
-        "mean_length": round(len(items) / len(present), 3), "split": args.split,
+        "users": len(kept_users), "items": len(kept_items), "interactions": len(items),
+        "mean_length": round(len(items) / len(kept_users), 3), "split": args.split,
         "train_users": train, "valid_users": valid, "test_users": test,
         "items_with_title": sum(row["title"] is not None for row in rows),
         "items_with_categories": sum(bool(row["categories"]) for row in rows),
@@ -206,8 +234,7 @@ def main(argv=None):
     save_json(folder / "stats.json", stats)
     summary = {key: value for key, value in stats.items() if key != "files"}
     for key, value in summary.items():
-        print(f"{key.replace('_', ' '):22} {value:>12,}" if not isinstance(value, str) else
-              f"{key.replace('_', ' '):22} {value:>12}")
+        print(f"{key.replace('_', ' '):22} {value if isinstance(value, str) else format(value, ','):>12}")
     stage.finish(summary)
 
 

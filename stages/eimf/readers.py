@@ -63,7 +63,7 @@ class Report:
     def check(self):
         """Raise UserError when nothing was read or too much of it was broken."""
         if not self.lines:
-            raise UserError(f"{self.path}: the file is empty; expected one interaction or item per line")
+            raise UserError(f"{self.path}: no lines of data; expected one interaction or item per line")
         if self.broken > BROKEN_LIMIT * self.lines:
             examples = "; ".join(f"line {e['line']}: {e['reason']}" for e in self.examples)
             raise UserError(f"{self.path}: {self.broken:,} of {self.lines:,} lines are broken, at most "
@@ -139,14 +139,19 @@ def parse_line(line):
     return record
 
 
-def detect(path):
-    """The format's name, from the file's name and its first lines. Raises UserError naming what was found."""
+def detect(path, names=()):
+    """The format's name, from the file's name and its first lines; JSON lines with a field in `names` are "amazon".
+
+    Raises UserError that says what was found.
+    """
     if re.search(r"\.(inter|item)(\.gz)?$", path.name):
         return "recbole"
     with open_text(path) as (file, _):
         lines = [line for _, line in zip(range(100), file) if not line.isspace()]
     if not lines:
         raise UserError(f"{path}: the file is empty; expected one interaction or item per line")
+    if lines[0].lstrip().startswith("["):
+        raise UserError(f"{path}: a JSON array; expected one JSON object per line (jq -c '.[]' makes them)")
     if not lines[0].lstrip().startswith("{"):
         return "tsv" if lines[0].count("\t") > lines[0].count(",") else "csv"
     for line in lines:
@@ -156,10 +161,10 @@ def detect(path):
             continue
         if "parent_asin" in record:
             return "amazon-2023"
-        if "asin" in record:
+        if "asin" in record or any(name in record for name in names):
             return "amazon"
         raise UserError(f"{path}: JSON lines with the fields {', '.join(map(str, record))}; expected {_expected('amazon')} "
-                        f"or {_expected('amazon-2023')}. Name them with --format amazon --user-column ... --item-column ...")
+                        f"or {_expected('amazon-2023')}. Name yours with --user-column, --item-column, --time-column")
     raise UserError(f"{path}: none of the first {len(lines)} lines is a JSON object or Python literal")
 
 
@@ -228,10 +233,10 @@ def records(path, form, report, wanted=None):
     report.check()
 
 
-def field_keys(names, fields, columns, path, required=()):
+def field_keys(names, fields, columns, required, path):
     """Keys into a record for each of `columns`: the field's name for JSON, its position for a header of `names`.
 
-    A column that the file lacks is left out, or a UserError if it is in `required`.
+    A column that the header lacks is left out, or a UserError if it is in `required`.
     """
     if names is None:
         return {c: fields[c] for c in columns}
@@ -275,8 +280,9 @@ def read_events(path, form, fields, scale, report):
     columns = array("i"), array("i"), array("q")
     add_user, add_item, add_time = (column.append for column in columns)
     source = records(path, form, report)
-    keys = field_keys(next(source), fields, ("user", "item", "time"), path, required=("user", "item", "time"))
-    pick = itemgetter(keys["user"], keys["item"], keys["time"])
+    needed = ("user", "item", "time")
+    keys = field_keys(next(source), fields, needed, needed, path)
+    pick = itemgetter(*(keys[column] for column in needed))
     for number, record in source:
         try:
             user, item, time = pick(record)
@@ -318,10 +324,15 @@ def category_names(value):
     return [name for name in names if name]
 
 
-def read_items(path, form, fields, wanted, report):
-    """Yield (id, title or None, category names, brand or None) for the lines whose id is in `wanted`."""
+def read_items(path, form, fields, wanted, report, required=()):
+    """Yield (id, title or None, category names, brand or None) for the lines whose id is in `wanted`.
+
+    `required`: columns beside the id that a header must have.
+    """
     source = records(path, form, report, wanted)
-    keys = field_keys(next(source), fields, ("item", "title", "categories", "brand"), path, required=("item",))
+    keys = field_keys(next(source), fields, ("item", "title", "categories", "brand"), ("item", *required), path)
+    if len(keys) == 1:
+        return  # a header with no column but the id
     for number, record in source:
         try:
             if isinstance(record, dict):
