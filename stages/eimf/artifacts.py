@@ -22,7 +22,7 @@ import numpy as np
 
 # Flags that say where or how fast to compute, not what; they are recorded but do not make a result stale.
 # Input files are compared by content, so the folder they lie in does not matter either.
-VOLATILE = {"data_dir", "raw_dir", "threads", "device", "skip_done", "api_key", "base_url", "quiet"}
+VOLATILE = {"data_dir", "raw_dir", "threads", "device", "skip_done", "api_key", "base_url", "download", "quiet"}
 SECRET = {"api_key"}
 PACKAGES = ("numpy", "torch", "transformers", "scikit-learn", "hnswlib", "eimf_core")
 
