@@ -214,6 +214,9 @@ class _Cache:
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.path = Path(folder) / f"{fingerprint}.sqlite"
         self.connection = sqlite3.connect(self.path, timeout=120)
+        # A commit in this mode costs no wait for the disk; a power cut may lose the last ones, never the file.
+        self._run("PRAGMA journal_mode = WAL")
+        self._run("PRAGMA synchronous = NORMAL")
         self._run("CREATE TABLE IF NOT EXISTS vectors (key BLOB PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID")
 
     def _run(self, statement, values=(), many=False):
