@@ -1,4 +1,6 @@
 """The text encoder and its cache, stages 02 and 05."""
+import contextlib
+import gzip
 import json
 import os
 import signal
@@ -99,7 +101,7 @@ def test_damaged_cache_is_named(bert, tmp_path):
     encoder = TextEncoder(str(bert), device="cpu", cache=tmp_path)
     encoder.encode(TITLES)
     path = encoder.cache.path
-    with sqlite3.connect(path) as connection:
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
         connection.execute("UPDATE vectors SET value = x'0102'")
     with pytest.raises(UserError, match=f"{path.name}.*2 bytes, expected 128"):
         encoder.encode(TITLES)
@@ -292,7 +294,6 @@ def test_stage_05_names_a_broken_line(tmp_path, bert):
 @pytest.mark.slow
 def test_office_titles(shared, tmp_path):
     """Real titles: unit vectors, and items that shoppers view together are closer than random pairs."""
-    import gzip
     with gzip.open(shared / "data/raw/meta_Office_Products.json.gz", "rt") as file:
         rows = [json.loads(line) for line in file]
     rows = [r for r in rows if r.get("title")][:400]
