@@ -49,14 +49,17 @@ class BadLine(ValueError):
 
 
 class Report:
-    """What happened to the lines of one file: `lines` read (blank ones apart), `broken` ones, the first `examples`."""
+    """What happened to the lines of one file: `lines` read, `broken` ones, the first `examples` of these.
+
+    `span` is the number of lines that the record at hand takes: more than 1 for a quoted field with line breaks in it.
+    """
 
     def __init__(self, path):
-        self.path, self.lines, self.broken, self.examples = path, 0, 0, []
+        self.path, self.lines, self.broken, self.examples, self.span = path, 0, 0, [], 1
 
-    def bad(self, number, reason, lines=1):
-        """Count line `number` (from 1) as broken; `lines` > 1 for a quoted row that ran over several lines."""
-        self.broken += lines
+    def bad(self, number, reason):
+        """Count the record that begins on line `number` (from 1) as broken, with all its lines."""
+        self.broken += self.span
         if len(self.examples) < 5:
             self.examples.append({"file": self.path.name, "line": number, "reason": reason})
 
@@ -186,21 +189,22 @@ def _json_records(file, report, wanted):
 
 
 def _rows(reader, width, report):
-    previous = reader.line_num
+    number = reader.line_num + 1  # the line on which the next row begins
     while True:
         try:
             for row in reader:
+                report.span = reader.line_num + 1 - number
                 if len(row) == width:
-                    yield reader.line_num, row
+                    yield number, row
                 elif row:
-                    report.bad(reader.line_num, f"{len(row)} fields where the header has {width}",
-                               reader.line_num - previous)
-                previous = reader.line_num
+                    report.bad(number, f"{len(row)} fields where the header has {width}")
+                number = reader.line_num + 1
             report.lines = reader.line_num - 1  # without the header
             return
         except csv.Error as error:
-            report.bad(reader.line_num, str(error), reader.line_num - previous)
-            previous = reader.line_num
+            report.span = reader.line_num + 1 - number
+            report.bad(number, str(error))
+            number = reader.line_num + 1
 
 
 def records(path, form, report, wanted=None):
