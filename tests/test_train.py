@@ -1,0 +1,383 @@
+"""Stage 06: batches, the teacher's terms, leaks, determinism, resume after a kill."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from eimf.artifacts import Stage, load_json, save_array, save_json, save_lines, sha256
+from eimf.data import Interactions
+from eimf.export import load_export
+from test_losses import info_nce_oracle
+
+N_USERS, N_ITEMS, TEXT_DIM, CLUSTERS = 200, 60, 12, 9
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A data folder with finished stages 01, 02, 03 and 05 of 200 users in 4 groups that click within their group."""
+    root, rng = tmp_path_factory.mktemp("tiny"), np.random.default_rng(0)
+
+    def stage(name, fill):
+        s = Stage(name, Namespace(data_dir=root, dataset="tiny"))
+        fill(s.begin())
+        s.finish()
+
+    lengths = rng.integers(5, 15, N_USERS)
+    group = rng.integers(0, 4, N_USERS)
+    items = np.concatenate([1 + group[u] * 15 + rng.integers(0, 15, n) for u, n in enumerate(lengths)]).astype(np.int32)
+    split = np.repeat([0, 1, 2], [160, 20, 20]).astype(np.uint8)
+
+    def preprocess(folder):
+        save_array(folder / "sequence_items.npy", items)
+        save_array(folder / "sequence_times.npy", np.arange(len(items)))
+        save_array(folder / "sequence_offsets.npy", np.concatenate([[0], np.cumsum(lengths)]))
+        save_array(folder / "split.npy", split)
+        save_lines(folder / "items.jsonl", [{"item": i, "id": f"I{i}", "title": f"item {i}", "categories": [], "brand": None}
+                                            for i in range(1, N_ITEMS + 1)])
+        save_lines(folder / "users.txt", [f"U{u}" for u in range(N_USERS)])
+        save_json(folder / "stats.json", {"users": N_USERS, "items": N_ITEMS, "interactions": len(items), "split": "random"})
+
+    def encode(folder):
+        text = rng.standard_normal((N_ITEMS + 1, TEXT_DIM)).astype(np.float32)
+        has = np.ones(N_ITEMS + 1, bool)
+        has[[0, 7, 8]] = False
+        save_array(folder / "item_text.npy", np.where(has[:, None], text, 0))
+        save_array(folder / "item_has_text.npy", has)
+
+    def cluster(folder):
+        save_array(folder / "cluster_of_user.npy", np.where(split == 0, rng.integers(-1, CLUSTERS, N_USERS), -1).astype(np.int32))
+
+    def interests(folder):
+        counts = rng.integers(1, 6, CLUSTERS)
+        save_array(folder / "interest_vectors.npy", rng.standard_normal((counts.sum(), TEXT_DIM)).astype(np.float32))
+        save_array(folder / "interest_offsets.npy", np.concatenate([[0], np.cumsum(counts)]))
+
+    for name, fill in (("01_preprocess", preprocess), ("02_encode_text", encode), ("03_cluster_users", cluster),
+                       ("05_encode_interests", interests)):
+        stage(name, fill)
+    return root
+
+
+COMMON = ["--dim", "16", "--max-iterations", "60", "--validate-every", "10", "--threads", "1"]
+
+
+@pytest.fixture(scope="session")
+def train(tiny, run_script):
+    def call(*arguments):
+        done = run_script("stages/06_train.py", "--data-dir", tiny, "--dataset", "tiny", *COMMON, *arguments)
+        return done, tiny / "tiny" / "06_train"
+    return call
+
+
+@pytest.fixture(scope="module")
+def stage06(load_script):
+    return load_script("stages/06_train.py")
+
+
+@pytest.fixture
+def args(stage06, tiny):
+    return stage06.parse(["--data-dir", str(tiny), "--dataset", "tiny", "--eimf", "--dim", "16"])
+
+
+def loaded(stage06, args):
+    stage = Stage("06_train", args, run=args.run)
+    interactions = stage06.load_interactions(stage.input("01_preprocess"))
+    text, cluster_of_user = stage06.load_text(stage, args, interactions.n_items)
+    return interactions, text, cluster_of_user
+
+
+def one_event_per_item(kind):
+    """Every event is its own item, so that any item seen tells which event it came from."""
+    lengths = np.random.default_rng(1).integers(5, 30, 300)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    split = np.random.default_rng(2).choice([0, 1, 2], 300, p=[.8, .1, .1]).astype(np.uint8)
+    if kind == "leave-one-out":
+        split[:] = 0
+    return Interactions(np.arange(1, offsets[-1] + 1, dtype=np.int32), offsets, split, offsets[-1], kind)
+
+
+@pytest.mark.parametrize("kind", ["random", "file-order", "leave-one-out"])
+def test_training_sees_no_held_out_event(stage06, args, kind):
+    interactions = one_event_per_item(kind)
+    batches = stage06.Batches(interactions, args)
+    seen = set()
+    for t in range(1, 80):
+        history, target, users = batches[t]
+        seen |= set(history.ravel().tolist()) | set(target.tolist())
+        assert len(set(users)) == args.batch_size
+    held_out = set()
+    for user in range(300):
+        events = interactions.items[interactions.offsets[user]:interactions.offsets[user + 1]].tolist()
+        if kind == "leave-one-out":
+            held_out |= set(events[-2:])
+        elif interactions.split[user] != 0:
+            held_out |= set(events)
+    assert len(seen) > 2000 and not seen & held_out
+
+
+def test_a_batch_is_a_target_and_the_events_before_it(stage06, args):
+    interactions = one_event_per_item("random")
+    batches = stage06.Batches(interactions, args)
+    places = []
+    for t in range(1, 60):
+        for row, target, user in zip(*batches[t]):
+            k = target - 1 - interactions.offsets[user]  # position of the target in its user's sequence
+            length = interactions.offsets[user + 1] - interactions.offsets[user]
+            assert 4 <= k < length
+            before = np.arange(target - min(k, 20), target)
+            assert row[:len(before)].tolist() == before.tolist() and not row[len(before):].any()
+            if length > 9:
+                places.append((k - 4) / (length - 5))
+    assert abs(np.mean(places) - .5) < .02 and min(places) == 0 and max(places) == 1  # drawn evenly, both ends too
+
+
+def test_batches_depend_on_seed_and_step_only(stage06, args):
+    a, b = (stage06.Batches(one_event_per_item("random"), args) for _ in range(2))
+    for _ in range(3):
+        a[5]
+    np.testing.assert_array_equal(a[9][0], b[9][0])
+    assert not np.array_equal(a[9][0], a[10][0])
+
+
+def test_teacher_terms_by_hand(stage06, args):
+    """Every EIMF term recomputed with NumPy from the weights (Eq. 4, 7-12)."""
+    interactions, text, cluster_of_user = loaded(stage06, args)
+    torch.manual_seed(0)
+    model, teacher = stage06.BehaviouralModel(interactions.n_items, args), stage06.Teacher(text, args)
+    with torch.no_grad():
+        model.items.weight *= 10
+    history, target, users = stage06.Batches(interactions, args)[1]
+    target[:3] = [7, 8, target[5]]  # two targets without a title, one repeated target
+    cluster = cluster_of_user[users]
+    interests, _ = model(torch.tensor(history))
+    implicit = stage06.losses.read_out(interests, model.items(torch.tensor(target)))
+    terms = teacher(model, implicit, torch.tensor(target), users, torch.tensor(cluster))
+
+    weight = {name: p.detach().numpy() for name, p in teacher.named_parameters()}
+    titles = text["item_text"].numpy() @ weight["projection.weight"].T
+    has_title = text["item_has_text"].numpy()
+    taught = np.zeros((len(users), args.dim), np.float32)
+    for row, c in enumerate(cluster):
+        index = text["interest_index"].numpy()[c]
+        index = index[index >= 0]
+        if c < 0 or not len(index):
+            continue
+        e = text["interest_vectors"].numpy()[index] @ weight["projection.weight"].T
+        scores = (e @ weight["query.weight"].T) @ (e @ weight["key.weight"].T).T / np.sqrt(args.dim)
+        attention = np.exp(scores - scores.max(1, keepdims=True))
+        h = attention / attention.sum(1, keepdims=True) @ (e @ weight["value.weight"].T)
+        taught[row] = h[(h @ titles[target[row]]).argmax()]
+    keep = has_title[target] & (cluster >= 0)
+    assert 0 < keep.sum() < len(keep)
+    logits = (taught @ titles.T)[:, has_title]
+    logsumexp = np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1)) + logits.max(1)
+    semantic = (logsumexp - (taught * titles[target]).sum(1))[keep].mean()
+    assert terms["semantic"].item() == pytest.approx(semantic, rel=1e-4)
+
+    def cosine(a, b, rows):
+        return np.mean([1 - a[i] @ b[i] / np.linalg.norm(a[i]) / np.linalg.norm(b[i]) for i in np.flatnonzero(rows)])
+
+    same_target, same_teacher = target[:, None] == target, cluster[:, None] == cluster
+    implicit, ids = implicit.detach().numpy(), model.items.weight.detach().numpy()[target]
+    user = .4 * info_nce_oracle(np.where(keep[:, None], taught, 1), implicit, same_target | same_teacher, .1, keep) + .1 * cosine(taught, implicit, keep)
+    item = .4 * info_nce_oracle(np.where(has_title[target][:, None], titles[target], 1), ids, same_target, .1, has_title[target]) \
+        + .1 * cosine(titles[target], ids, has_title[target])
+    assert terms["align_user"].item() == pytest.approx(user, rel=1e-4)
+    assert terms["align_item"].item() == pytest.approx(item, rel=1e-4)
+
+
+def test_the_teacher_reaches_the_model_and_the_model_needs_no_teacher(stage06, args):
+    """Gradients of the alignment reach the item table and the backbone; the export takes only a history."""
+    interactions, text, cluster_of_user = loaded(stage06, args)
+    model, teacher = stage06.BehaviouralModel(interactions.n_items, args), stage06.Teacher(text, args)
+    history, target, users = stage06.Batches(interactions, args)[1]
+    interests, _ = model(torch.tensor(history))
+    target = torch.tensor(target)
+    terms = teacher(model, stage06.losses.read_out(interests, model.items(target)), target, users, torch.tensor(cluster_of_user[users]))
+    terms["align_user"].backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in [*model.parameters(), *teacher.parameters()])
+
+
+def test_controls_change_what_they_say_and_no_more(stage06, args):
+    _, text, cluster = loaded(stage06, args)
+    args.control = "random-text"
+    _, random_text, same_cluster = loaded(stage06, args)
+    assert {k: v.shape for k, v in text.items()} == {k: v.shape for k, v in random_text.items()}
+    assert np.array_equal(cluster, same_cluster) and torch.equal(text["item_has_text"], random_text["item_has_text"])
+    assert abs(F.cosine_similarity(text["item_text"][1:], random_text["item_text"][1:]).mean()) < .2
+    args.control = "shuffled-clusters"
+    _, same_text, shuffled = loaded(stage06, args)
+    assert all(torch.equal(text[k], same_text[k]) for k in text)
+    assert np.array_equal(np.sort(cluster), np.sort(shuffled)) and np.array_equal(cluster < 0, shuffled < 0)
+    changed = (cluster != shuffled)[cluster >= 0].mean()
+    assert changed > .7  # 9 clusters: about 1 in 9 keeps its own by chance
+
+
+def test_padding_does_not_matter_and_an_empty_history_is_finite(stage06, args):
+    model = stage06.BehaviouralModel(N_ITEMS, args)
+    history = torch.zeros(3, 20, dtype=torch.int64)
+    history[0, :4] = torch.tensor([3, 9, 9, 1])
+    history[1, :1] = 5
+    before, routing = model(history)
+    with torch.no_grad():
+        model.items.weight[0] = 99  # what the padding row holds must not reach an interest
+    after, _ = model(history)
+    torch.testing.assert_close(before[:2], after[:2])
+    assert torch.isfinite(before).all() and torch.isfinite(routing).all()
+    assert not routing[0, :, 4:].any()
+
+
+def test_regulariser_is_remis(stage06):
+    remi = stage06.BACKBONES["remi"](8, 3, 5)
+    routing = torch.rand(4, 3, 5, dtype=torch.float64)
+    expected = 0
+    for a in routing.numpy():
+        centred = a - a.mean(1, keepdims=True)
+        expected += 100 * (np.diag(centred @ centred.T / 8) ** 2).sum()
+    assert remi.regulariser(routing).item() == pytest.approx(expected)
+
+
+@pytest.fixture(scope="module")
+def finished(train):
+    done, folder = train("--eimf")
+    assert done.returncode == 0, done.stderr
+    return folder / "remi-eimf-s0"
+
+
+RESULT = ("model.pt2", "item_vectors.npy", "item_ids.txt", "config.json")
+
+
+def without_seconds(path):
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in open(path)]
+
+
+def test_the_export_equals_the_trained_model(finished):
+    items = np.load(finished / "item_vectors.npy")
+    model = load_export(finished / "model.pt2")
+    for batch in (1, 7, 300):
+        history = torch.randint(0, N_ITEMS + 1, (batch, 20), generator=torch.Generator().manual_seed(0)).sort(descending=True)[0]
+        interests, routing = model(history)
+        assert interests.shape == (batch, 4, 16) and routing.shape == (batch, 4, 20)
+        rebuilt = routing.detach().numpy() @ np.where((history > 0).numpy()[:, :, None], items[history.numpy()], 0)
+        np.testing.assert_allclose(interests.detach().numpy(), rebuilt, atol=1e-5)
+    assert not items[0].any() and len(items) == N_ITEMS + 1
+    assert (finished / "item_ids.txt").read_text().split("\n")[:3] == ["", "I1", "I2"]
+
+
+def test_the_log_and_the_config_agree(finished):
+    log, config = without_seconds(finished / "log.jsonl"), load_json(finished / "config.json")
+    assert [entry["iteration"] for entry in log] == list(range(10, config["iterations"] + 1, 10))
+    best = max(log, key=lambda entry: entry["valid"]["recall@50"])
+    assert config["best_iteration"] == best["iteration"] and set(log[0]["loss"]) == {
+        "recommendation", "regulariser", "semantic", "align_user", "align_item"}
+    assert log[-1]["loss"]["semantic"] < log[0]["loss"]["semantic"]
+
+
+def test_the_same_seed_gives_the_same_files_and_another_does_not(finished, train):
+    for name, seed, same in (("again", "0", True), ("other", "1", False)):
+        done, folder = train("--eimf", "--seed", seed, "--run", name)
+        assert done.returncode == 0, done.stderr
+        assert (sha256(folder / name / "item_vectors.npy") == sha256(finished / "item_vectors.npy")) is same
+        assert (without_seconds(folder / name / "log.jsonl") == without_seconds(finished / "log.jsonl")) is same
+
+
+def test_killed_and_resumed_ends_with_the_same_files(finished, tiny, root):
+    """kill -9 twice in the middle of training; the third start finishes with the files of an uninterrupted run."""
+    folder = tiny / "tiny" / "06_train" / "killed"
+    command = [sys.executable, root / "stages/06_train.py", "--data-dir", tiny, "--dataset", "tiny", *COMMON, "--eimf", "--run", "killed"]
+    for kill in range(2):
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        checkpoint, seen = folder / "checkpoint" / "last.safetensors", 0.0
+        before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+        while (checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0) == before and seen < 60:
+            time.sleep(.002)
+            seen += .002
+            assert process.poll() is None or kill == 1, "it finished before it could be killed"
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    assert not (folder / "manifest.json").exists()
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "going on from iteration" in done.stderr, done.stderr
+    for name in RESULT:
+        if name == "config.json":
+            assert load_json(folder / name) | {"run": ""} == load_json(finished / name) | {"run": ""}
+        else:
+            assert sha256(folder / name) == sha256(finished / name), name
+    assert without_seconds(folder / "log.jsonl") == without_seconds(finished / "log.jsonl")
+
+
+def test_a_checkpoint_of_other_settings_is_not_used(train):
+    for rate in ("0.001", "0.002"):
+        done, folder = train("--run", "rates", "--learning-rate", rate)
+        assert done.returncode == 0, done.stderr
+    assert "other settings" in done.stderr
+
+
+def test_skip_done(finished, train):
+    done, _ = train("--eimf", "--skip-done")
+    assert done.returncode == 0 and "skipped" in done.stdout
+    done, _ = train("--eimf", "--skip-done", "--gamma", "0.2", "--run", "remi-eimf-s0-gamma")
+    assert done.returncode == 0 and "running, no finished result yet" in done.stdout
+
+
+def test_popularity(train, tiny):
+    done, folder = train("--backbone", "pop")
+    assert done.returncode == 0, done.stderr
+    counts = np.load(folder / "pop-s0" / "item_vectors.npy")[:, 0]
+    stage01 = tiny / "tiny" / "01_preprocess"
+    items, offsets, split = (np.load(stage01 / f"{n}.npy") for n in ("sequence_items", "sequence_offsets", "split"))
+    expected = np.zeros(N_ITEMS + 1)
+    for user in np.flatnonzero(split == 0):
+        for item in items[offsets[user]:offsets[user + 1]]:
+            expected[item] += 1
+    np.testing.assert_array_equal(counts, expected)
+
+
+@pytest.mark.parametrize("arguments, code, message", [
+    (["--dim", "0"], 2, "--dim must be at least 1"),
+    (["--control", "random-text"], 2, "--control needs --eimf"),
+    (["--backbone", "pop", "--eimf"], 2, "nothing to teach"),
+    (["--backbone", "nonsense"], 2, "invalid choice"),
+    (["--device", "cuda:99"], 1, "no CUDA device"),
+    (["--device", "gpu"], 1, "expected auto, cpu, cuda"),
+    (["--dataset", "nowhere"], 1, "python stages/01_preprocess.py --dataset nowhere"),
+])
+def test_mistakes_get_a_sentence(train, arguments, code, message):
+    if message == "no CUDA device" and torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    done, _ = train("--run", "mistake", *arguments)
+    assert done.returncode == code and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_an_export_with_a_pickle_is_refused(tmp_path, finished):
+    """torch falls back to unpickling an archive's sample inputs; a crafted one must be refused before that."""
+    import pickle
+
+    import zipfile
+
+    from eimf.artifacts import UserError
+
+    marker = tmp_path / "ran"
+
+    class Payload:
+        def __reduce__(self):
+            return os.mkdir, (str(marker),)
+
+    crafted = tmp_path / "model.pt2"
+    with zipfile.ZipFile(finished / "model.pt2") as source, zipfile.ZipFile(crafted, "w") as out:
+        for name in source.namelist():
+            out.writestr(name, pickle.dumps(Payload()) if "sample_inputs" in name else source.read(name))
+    with pytest.raises(UserError, match="Run stage 06 again"):
+        load_export(crafted)
+    assert not marker.exists()
+    crafted.write_bytes(b"not a zip")
+    with pytest.raises(UserError, match="not a readable exported model"):
+        load_export(crafted)
