@@ -6,6 +6,7 @@ a folder with a manifest is complete and one without is not, wherever the stage 
 """
 import argparse
 import contextlib
+import errno
 import fcntl
 import hashlib
 import importlib.metadata
@@ -13,6 +14,7 @@ import json
 import logging
 import os
 import platform
+import re
 import resource
 import sys
 import time
@@ -24,6 +26,9 @@ import numpy as np
 # Input files are compared by content, so the folder they lie in does not matter either.
 VOLATILE = {"data_dir", "raw_dir", "threads", "device", "skip_done", "api_key", "base_url", "download", "quiet"}
 SECRET = {"api_key"}
+# What the machine refuses for a reason its user can remove: no permission, no space, a file where a folder should be.
+USER_ERRNOS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+               errno.ENAMETOOLONG}
 PACKAGES = ("numpy", "torch", "transformers", "scikit-learn", "hnswlib", "eimf_core")
 
 
@@ -32,7 +37,9 @@ class UserError(Exception):
 
 
 def run(main):
-    """Call `main()`; a `UserError` becomes one line on stderr and exit code 1, Ctrl-C exit code 130."""
+    """Call `main()`; a `UserError`, or a file system that refuses, becomes one line on stderr and exit code 1, Ctrl-C exit
+    code 130. Any other exception is a bug and keeps its traceback.
+    """
     try:
         code = main()
     except UserError as error:
@@ -44,6 +51,11 @@ def run(main):
     except BrokenPipeError:  # the reader of our output went away, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
+    except OSError as error:
+        if error.errno not in USER_ERRNOS:
+            raise
+        print(f"error: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr)
+        code = 1
     sys.exit(code)
 
 
@@ -134,6 +146,9 @@ class Stage:
 
     def __init__(self, name, args, run=None):
         self.name, self.args, self.run = name, args, run
+        for flag, value in (("--dataset", args.dataset), ("--run", run)):
+            if value is not None and (value in ("", ".", "..") or Path(value).name != value):
+                raise UserError(f"{flag} is {value!r}; expected the name of one folder, without /")
         self.root = Path(args.data_dir) / args.dataset
         self.folder = self.root / name / run if run else self.root / name
         self.inputs = {}
@@ -154,8 +169,10 @@ class Stage:
             flag = f" --run {run}" if run and name != "06_train" else ""
             raise UserError(f"{folder} has no manifest.json, so stage {name} has not finished there. "
                             f"Run: python stages/{name}.py --dataset {self.args.dataset}{flag}")
-        outputs = load_json(folder / "manifest.json")["outputs"]
-        for file, entry in outputs.items():
+        manifest = _load_manifest(folder)
+        if manifest is None:
+            raise UserError(f"{folder / 'manifest.json'} is damaged. Run stage {name} again.")
+        for file, entry in manifest["outputs"].items():
             found = (folder / file).stat().st_size if (folder / file).is_file() else None
             if found != entry["bytes"]:
                 raise UserError(f"{folder / file}: expected {entry['bytes']} bytes as recorded in manifest.json, found "
@@ -183,10 +200,11 @@ class Stage:
         return f"{self.name}/{self.run}" if self.run else self.name
 
     def _stale(self):
-        path = self.folder / "manifest.json"
-        if not path.is_file():
+        if not (self.folder / "manifest.json").is_file():
             return "no finished result yet"
-        manifest = load_json(path)
+        manifest = _load_manifest(self.folder)
+        if manifest is None:
+            return "manifest.json is damaged"
         old = {k: v for k, v in manifest["arguments"].items() if k not in VOLATILE}
         new = self.settings()
         for key in sorted(old.keys() | new.keys()):
@@ -205,7 +223,8 @@ class Stage:
         return {k: v for k, v in self._arguments().items() if k not in VOLATILE}
 
     def _arguments(self):
-        return json.loads(json.dumps({k: v for k, v in vars(self.args).items() if k not in SECRET}, default=str))
+        text = json.dumps({k: v for k, v in vars(self.args).items() if k not in SECRET}, default=str)
+        return json.loads(re.sub(r"://[^/@\"\\\\]*@", "://***@", text))  # a URL may carry a password
 
     def begin(self):
         """Create and lock the folder, remove the manifest and left-over temporary files, start the log file."""
@@ -216,8 +235,10 @@ class Stage:
         except OSError:
             raise UserError(f"{self.folder} is being written by another process; wait for it or stop it first") from None
         (self.folder / "manifest.json").unlink(missing_ok=True)
-        for path in self.folder.rglob("*.tmp-*"):
+        for path in [p for p in self.folder.rglob("*.tmp-*") if p.is_file()]:
             path.unlink()
+        for handler in self.log.handlers:  # of an earlier run in this process
+            handler.close()
         handler = logging.FileHandler(self.folder / "stage.log", mode="a", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         console = logging.StreamHandler()
@@ -249,6 +270,16 @@ class Stage:
         save_json(self.folder / "manifest.json", manifest)
         self._lock.close()
         return manifest
+
+
+def _load_manifest(folder):
+    """A folder's manifest, None if it is not one."""
+    try:
+        manifest = load_json(folder / "manifest.json")
+    except ValueError:
+        return None
+    whole = isinstance(manifest, dict) and all(isinstance(manifest.get(k), dict) for k in ("arguments", "inputs", "outputs"))
+    return manifest if whole else None
 
 
 def _version(package):

@@ -47,13 +47,16 @@ class Interactions:
         return users[keep], start[keep], end[keep]
 
     def evaluation_ranges(self, part):
-        """(users, start, middle, end) for part "valid" or "test": history [start, middle), targets [middle, end)."""
+        """(users, start, middle, end) for part "valid" or "test": history [start, middle), targets [middle, end).
+
+        Neither is empty: users with too few events for that are left out.
+        """
         if self.kind == "leave-one-out":
             back = 2 if part == "valid" else 1
             users = np.flatnonzero(np.diff(self.offsets) > back)
             start, middle = self.offsets[users], self.offsets[users + 1] - back
             return users, start, middle, middle + 1
-        users = np.flatnonzero(self.split == PARTS[part])
+        users = np.flatnonzero((self.split == PARTS[part]) & (np.diff(self.offsets) > 1))
         start, end = self.offsets[users], self.offsets[users + 1]
         middle = start + ((end - start) * HISTORY_FRACTION).astype(np.int64)
         return users, start, middle, end
