@@ -12,7 +12,12 @@ Writes to <data-dir>/<dataset>/01_preprocess/ (items are numbered from 1, users 
     split.npy              uint8 (users,)         0 train, 1 valid, 2 test; all 0 with --split leave-one-out
     stats.json             the table printed at the end, and every broken line's count, first examples and reasons
 
-    python stages/01_preprocess.py --dataset Office_Products --raw-dir ../shared/data/raw --split file-order
+    python stages/01_preprocess.py --dataset Office_Products --raw-dir DIR --split file-order
+
+prints, among others (they are the published counts):
+    users                         4,905
+    items                         2,420
+    interactions                 53,258
 
 Exact copies of an event (same user, item and time) are dropped first. Then items, then users with fewer than
 --min-interactions events are dropped, one pass each as in the paper (--k-core repeats until nothing changes). Items are
@@ -27,8 +32,8 @@ from eimf.data import TEST, TRAIN, VALID
 from eimf.download import BASE_URL, download
 from eimf.readers import FORMATS, Report, detect, read_events, read_items
 
-INTERACTION_NAMES = ("reviews_{}_5.json", "reviews_{}.json", "{}_5.json", "{}.jsonl", "{}.json", "{}.inter", "{}/{}.inter",
-                     "{}.csv", "{}.tsv")
+INTERACTION_NAMES = ("reviews_{}_5.json", "reviews_{}.json", "{}_5.json", "{}.jsonl", "{}.json", "{}.inter",
+                     "{}/{}.inter", "{}.csv", "{}.tsv")
 ITEM_NAMES = ("meta_{}.json", "meta_{}.jsonl", "{}.item", "{}/{}.item", "{}_items.csv", "{}_items.tsv")
 
 
@@ -43,8 +48,10 @@ def parse_arguments(argv):
     parser.add_argument("--format", default="auto", choices=["auto", *FORMATS], help="format of the interactions")
     for name in ("user", "item", "time", "title", "category", "brand"):
         parser.add_argument(f"--{name}-column", help=f"field of the {name} (default: the format's own name)")
-    parser.add_argument("--time-unit", choices=["s", "ms"], help="unit of numeric times (default: ms in amazon-2023, else s)")
-    parser.add_argument("--min-interactions", type=int, default=5, help="fewest events of an item and of a user (paper: 5)")
+    parser.add_argument("--time-unit", choices=["s", "ms"],
+                        help="unit of numeric times (default: ms in amazon-2023, else s)")
+    parser.add_argument("--min-interactions", type=int, default=5,
+                        help="fewest events of an item and of a user (paper: 5)")
     parser.add_argument("--k-core", action="store_true", help="repeat the filter until all that is left satisfies it")
     parser.add_argument("--split", default="random", choices=["random", "file-order", "leave-one-out"],
                         help="users 8:1:1 at random or in order of first appearance, or each user's last two events")
@@ -130,8 +137,8 @@ def frequent(users, items, minimum, repeat):
 def renumbered(users, items):
     """Final numbers for sorted events with raw numbers in order of first appearance.
 
-    Returns (raw number of each final user, ascending; offsets int64 (users + 1,); raw number of each final item, by descending
-    number of events, ties by first appearance; the events' final item numbers, int32, from 1).
+    Returns (raw number of each final user, ascending; offsets int64 (users + 1,); raw number of each final item, by
+    descending number of events, ties by first appearance; the events' final item numbers, int32, from 1).
     """
     popularity, activity = np.bincount(items), np.bincount(users)
     kept_items = np.argsort(-popularity, kind="stable")[:np.count_nonzero(popularity)]
@@ -148,7 +155,8 @@ def split_users(n, kind, seed):
     split = np.full(n, TRAIN, np.uint8)
     if kind != "leave-one-out":
         if n < 10:
-            raise UserError(f"{n} users are left; an 8:1:1 split needs at least 10. Lower --min-interactions or use more data")
+            raise UserError(f"{n} users are left; an 8:1:1 split needs at least 10. Lower --min-interactions, or use more "
+                            "data")
         order = np.random.default_rng(seed).permutation(n) if kind == "random" else np.arange(n)
         train, valid = int(0.8 * n), int(0.1 * n)
         split[order[train:train + valid]] = VALID
@@ -157,7 +165,7 @@ def split_users(n, kind, seed):
 
 
 def add_metadata(rows, path, form, given, report):
-    """Fill in `rows` (of items.jsonl, by id) from the metadata file. Each field is taken from the first line that has it."""
+    """Fill in `rows` (of items.jsonl, by id) from the metadata; each field comes from the first line that has it."""
     required = [column for column in ("title", "categories", "brand") if column in given]
     for key, title, categories, brand in read_items(path, form, FORMATS[form] | given, rows, report, required):
         row = rows[key]

@@ -175,7 +175,8 @@ def test_manifest(tmp_path):
 
 
 def test_secrets_are_not_written(tmp_path, capsys):
-    stage = Stage("04_infer_interests", arguments(tmp_path, api_key="sk-secret-1", base_url="https://me:sk-secret-2@host/v1?a=b@c"))
+    stage = Stage("04_infer_interests", arguments(tmp_path, api_key="sk-secret-1",
+                                                  base_url="https://me:sk-secret-2@host/v1?a=b@c"))
     stage.begin()
     save_lines(stage.folder / "a.txt", ["x"])
     stage.finish()
@@ -272,7 +273,7 @@ def test_upstream_damaged(tmp_path):
     first(tmp_path)
     folder = tmp_path / "d" / "01_preprocess"
     (folder / "a.txt").write_text("cut short or longer")
-    with pytest.raises(UserError, match="a.txt: expected 2 bytes as recorded in manifest.json, found 19. Run stage 01_preprocess"):
+    with pytest.raises(UserError, match="a.txt: expected 2 bytes as recorded in manifest.json, found 19. Run stage 01"):
         second(tmp_path)
     (folder / "a.txt").unlink()
     with pytest.raises(UserError, match="expected 2 bytes as recorded in manifest.json, found no file"):
@@ -347,10 +348,11 @@ def test_reader_goes_away(root, tmp_path):
 def test_common_arguments(tmp_path):
     parser = argument_parser("What it does, 100 % of it.\n\n    an example")
     parser.add_argument("--rate", type=float, default=0.5, help="the rate")
+    parser.add_argument("--name", help="the name (default: the folder's)")
     args = parser.parse_args(["--data-dir", str(tmp_path)])
     assert (args.dataset, args.data_dir, args.skip_done, args.rate) == ("sample", tmp_path, False, 0.5)
     text = parser.format_help()
-    assert "\n    an example" in text and "(default: 0.5)" in text
+    assert "\n    an example" in text and "(default: 0.5)" in text and "None" not in text
     for bad in (["--unknown"], ["--rat", "1"]):
         with pytest.raises(SystemExit) as error:
             parser.parse_args(bad)

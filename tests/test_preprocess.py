@@ -3,6 +3,9 @@ import csv
 import gzip
 import io
 import json
+import subprocess
+import sys
+import time
 from collections import Counter
 
 import numpy as np
@@ -216,16 +219,18 @@ def test_fractions_of_a_second_order_events(preprocess):
     assert sequences["u3"] == [(f"i{i}", 10) for i in (5, 4, 3, 2, 1, 0)]
 
 
+RAW_TITLE = "  Tea &amp; Cup,\n 5&quot;\x07 "
 META = {
-    "amazon": [{"asin": "i0", "title": "  Tea &amp; Cup,\n 5&quot;\x07 ", "categories": [["A"], ["A", "B &amp; C", "D"], ["X", "Y", "Z"]], "brand": "&Uuml;ber"},
+    "amazon": [{"asin": "i0", "title": RAW_TITLE, "categories": [["A"], ["A", "B &amp; C", "D"], ["X", "Y", "Z"]],
+                "brand": "&Uuml;ber"},
                {"asin": "other", "title": "Nobody's", "categories": [["A"]]},
                {"asin": "i1", "categories": [["A"]]},
                {"asin": "i2", "title": "   ", "categories": [], "brand": None},
                {"asin": "i0", "title": "Second", "categories": [["Second"]]},
                {"asin": "i1", "title": "Late title", "categories": [["Late"]], "brand": "Late"}],
-    "2018": [{"title": "  Tea &amp; Cup,\n 5&quot;\x07 ", "asin": "i0", "category": ["A", "B &amp; C", "D"], "brand": "&Uuml;ber"},
+    "2018": [{"title": RAW_TITLE, "asin": "i0", "category": ["A", "B &amp; C", "D"], "brand": "&Uuml;ber"},
              {"asin": "i1", "title": "Late title", "category": ["A"], "brand": "Late"}],
-    "2023": [{"parent_asin": "i0", "title": "  Tea &amp; Cup,\n 5&quot;\x07 ", "categories": ["A", "B &amp; C", "D"], "store": "&Uuml;ber"},
+    "2023": [{"parent_asin": "i0", "title": RAW_TITLE, "categories": ["A", "B &amp; C", "D"], "store": "&Uuml;ber"},
              {"parent_asin": "i1", "title": "Late title", "categories": ["A"], "store": "Late"}],
 }
 
@@ -247,13 +252,15 @@ def test_recbole_items(preprocess):
              "i0\tThe \"Best\" pen\t'Office', 'Pens'\tPenfold\n" "i1\t\"Unclosed\t\t\n")
     folder = preprocess(recbole(dense()), name="x.inter", items=items, items_name="x.item")
     rows = load_lines(folder / "items.jsonl")
-    assert rows[0] == {"item": 1, "id": "i0", "title": 'The "Best" pen', "categories": ["Office", "Pens"], "brand": "Penfold"}
+    assert rows[0] == {"item": 1, "id": "i0", "title": 'The "Best" pen', "categories": ["Office", "Pens"],
+                       "brand": "Penfold"}
     assert rows[1] == {"item": 2, "id": "i1", "title": '"Unclosed', "categories": [], "brand": None}
 
 
 def test_titles_beside_the_interactions(preprocess):
     events = [(u, i, t, f"Title, of {i}", "A > B|C") for u, i, t in dense()]
-    folder = preprocess(csv_text(events, ("user_id", "item_id", "timestamp", "name", "categories")), "--title-column", "name")
+    text = csv_text(events, ("user_id", "item_id", "timestamp", "name", "categories"))
+    folder = preprocess(text, "--title-column", "name")
     rows = load_lines(folder / "items.jsonl")
     assert [row["title"] for row in rows] == [f"Title, of i{i}" for i in range(6)]
     assert rows[0]["categories"] == ["A > B", "C"]
@@ -311,9 +318,10 @@ def test_recbole_round_trip(tmp_path, rows):
     assert parse(path, "recbole")[0] == rows
 
 
-FRAGMENTS = st.sampled_from([b"user_id,item_id,timestamp\n", b"user_id\titem_id\ttimestamp\n", b'{"reviewerID": "a", ', b'"asin": ', b'"b"',
-                             b"'", b'"', b",", b"\t", b"\n", b"\r", b"\x00", b"}", b"{", b"[", b"1", b"nan", b"1e999", b'"unixReviewTime": ',
-                             b"-", b"\\", b"\xff\xfe", b"\x1f\x8b", b"\xed\xa0\x80", b"\\ud800", "é".encode(), b"9" * 30])
+FRAGMENTS = st.sampled_from([
+    b"user_id,item_id,timestamp\n", b"user_id\titem_id\ttimestamp\n", b'{"reviewerID": "a", ', b'"asin": ', b'"b"',
+    b'"unixReviewTime": ', b"'", b'"', b",", b"\t", b"\n", b"\r", b"\x00", b"}", b"{", b"[", b"1", b"nan", b"1e999", b"-", b"\\",
+    b"\xff\xfe", b"\x1f\x8b", b"\xed\xa0\x80", b"\\ud800", "é".encode(), b"9" * 30])
 
 
 @PROPERTY
@@ -345,7 +353,8 @@ def test_times(value, expected):
     assert milliseconds(value, 1000) == expected
 
 
-@pytest.mark.parametrize("value", [None, "", "yesterday", float("nan"), float("inf"), "nan", "-inf", 10**30, "9" * 400, [1], {}, 1e300])
+@pytest.mark.parametrize("value", [None, "", "yesterday", float("nan"), float("inf"), "nan", "-inf", 10**30, "9" * 400, [1],
+                                   {}, 1e300])
 def test_no_times(value):
     with pytest.raises(ValueError, match="the time"):
         milliseconds(value, 1000)
@@ -418,14 +427,16 @@ REFUSED = [
     ("empty", b"", "x.csv", [], "the file is empty"),
     ("blank", b"\n \n", "x.csv", [], "the file is empty"),
     ("header only", "user_id,item_id,timestamp\n", "x.csv", [], "no lines of data"),
-    ("no column", GOOD.replace("item_id", "product"), "x.csv", [], "no column item_id; columns found: user_id, product, timestamp"),
+    ("no column", GOOD.replace("item_id", "product"), "x.csv", [],
+     "no column item_id; columns found: user_id, product, timestamp"),
     ("wrong flag", GOOD, "x.csv", ["--time-column", "when"], "no column when; columns found: user_id, item_id, timestamp"),
     ("no title", GOOD, "x.csv", ["--title-column", "title"], "no column title"),
     ("recbole column", "uid:token\titem_id:token\ttimestamp:float\na\tb\t1\n", "x.inter", [],
      "no column user_id; columns found: uid, item_id"),
     ("json fields", '{"who": 1, "what": 2}\n', "x.json", [], "fields who, what; expected reviewerID, asin, unixReviewTime"),
     ("json array", '[\n{"asin": 1}]', "x.json", [], "a JSON array"),
-    ("two per cent", amazon(dense(users=10)) + '{"asin"\n{"a": 1}\n', "x.json", [], "2 of 62 lines are broken.*line 61.*line 62"),
+    ("two per cent", amazon(dense(users=10)) + '{"asin"\n{"a": 1}\n', "x.json", [],
+     "2 of 62 lines are broken.*line 61.*line 62"),
     ("wrong format", amazon(dense()), "x.json", ["--format", "recbole"], "no column user_id, item_id, timestamp"),
     ("latin-1", csv_text([(f"é{u}", i, t) for u, i, t in dense()]).encode("latin-1"), "x.csv", [], "not UTF-8"),
     ("utf-16", GOOD.encode("utf-16"), "x.csv", [], "UTF-16 text"),
@@ -439,7 +450,8 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize("content, name, arguments, message", [case[1:] for case in REFUSED], ids=[case[0] for case in REFUSED])
+@pytest.mark.parametrize("content, name, arguments, message", [case[1:] for case in REFUSED],
+                         ids=[case[0] for case in REFUSED])
 def test_refused(preprocess, tmp_path, content, name, arguments, message):
     with pytest.raises(UserError, match=message):
         preprocess(content, *arguments, name=name)
@@ -465,6 +477,8 @@ def test_no_traceback(run_script, tmp_path):
     done = run_script("stages/01_preprocess.py", "--data-dir", tmp_path, "--dataset", "x")
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("error: no interactions in") and "Traceback" not in done.stderr
+    done = run_script("stages/01_preprocess.py", "--help")
+    assert done.returncode == 0 and "paper: 5" in done.stdout and "None" not in done.stdout
     done = run_script("stages/01_preprocess.py", "--no-such-option")
     assert done.returncode == 2 and "usage:" in done.stderr
     done = run_script("stages/01_preprocess.py", "--data-dir", tmp_path, "--dataset", "x", "--interactions", tmp_path)
@@ -483,6 +497,29 @@ def test_skip_done(preprocess, capsys):
     preprocess(text + "u0,i0,7777\n", "--skip-done", "--seed", 1)
     assert "input log.csv changed" in capsys.readouterr().out
     assert load_json(folder / "manifest.json")["summary"]["interactions"] == 73
+
+
+def test_killed_at_any_moment(root, sample_raw, tmp_path, run_script):
+    """kill -9 at several moments, then an undisturbed run: the same files as if nothing had happened."""
+    def files(folder):
+        return {name: (folder / name).read_bytes() for name in ALL_PARTS}
+    arguments = ["--data-dir", tmp_path, "--raw-dir", sample_raw, "--source", "sample", "--dataset"]
+    assert run_script("stages/01_preprocess.py", *arguments, "whole").returncode == 0
+    wall = load_json(tmp_path / "whole" / "01_preprocess" / "manifest.json")["wall_seconds"]
+    killed = tmp_path / "killed" / "01_preprocess"
+    interrupted = 0
+    for moment in (0.05, 0.3, 0.6, 0.9):
+        process = subprocess.Popen([sys.executable, root / "stages" / "01_preprocess.py", *map(str, arguments), "killed"],
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not (killed / "stage.log").exists() and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(moment * wall)
+        process.kill()
+        interrupted += process.wait() != 0
+    assert interrupted
+    assert run_script("stages/01_preprocess.py", *arguments, "killed").returncode == 0
+    assert files(killed) == files(tmp_path / "whole" / "01_preprocess")
+    assert sorted(path.name for path in killed.iterdir()) == sorted((*ALL_PARTS, "manifest.json", "stage.log", ".lock"))
 
 
 def test_source_and_dataset_are_apart(stage, tmp_path):
@@ -511,8 +548,8 @@ PUBLISHED = {"Beauty": (22_363, 12_101, 198_502, 12_094), "Grocery_and_Gourmet_F
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_counts(shared, run_script, tmp_path, name):
-    done = run_script("stages/01_preprocess.py", "--dataset", name, "--data-dir", tmp_path, "--raw-dir", shared / "data" / "raw",
-                      "--split", "file-order")
+    done = run_script("stages/01_preprocess.py", "--dataset", name, "--data-dir", tmp_path,
+                      "--raw-dir", shared / "data" / "raw", "--split", "file-order")
     assert done.returncode == 0, done.stderr
     folder = tmp_path / name / "01_preprocess"
     stats = load_json(folder / "stats.json")
@@ -537,7 +574,8 @@ def test_memory_at_scale(run_script, tmp_path):
         with open(path, "w") as file:
             file.write("user_id,item_id,timestamp\n")
             for start in range(0, n, 100_000):
-                file.writelines(f"A{u:012d},B{i:09d},{t}\n" for u, i, t in zip(*(c[start:start + 100_000].tolist() for c in columns)))
+                rows = zip(*(column[start:start + 100_000].tolist() for column in columns))
+                file.writelines(f"A{u:012d},B{i:09d},{t}\n" for u, i, t in rows)
         done = run_script("stages/01_preprocess.py", "--interactions", path, "--data-dir", tmp_path, timeout=300)
         assert done.returncode == 0, done.stderr
         peak[n] = load_json(tmp_path / "sample" / "01_preprocess" / "manifest.json")["peak_memory_mib"] * 2**20

@@ -63,7 +63,8 @@ def argument_parser(doc, **kwargs):
     """An argparse parser with the arguments every stage has; `doc` is the script's docstring."""
 
     class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        pass
+        def _get_help_string(self, action):  # "(default: None)" would say nothing
+            return action.help if action.default is None else super()._get_help_string(action)
 
     parser = argparse.ArgumentParser(description=doc, formatter_class=Formatter, allow_abbrev=False, **kwargs)
     parser.add_argument("--dataset", default="sample", help="folder under --data-dir that holds this data set's files")

@@ -38,8 +38,8 @@ def download(source, folder, base_url=BASE_URL, **options):
 def fetch(url, target, retries=6, wait=1.0, timeout=30.0):
     """Download a gzip file to `target`, by way of `<target>.part`.
 
-    Gives up after `retries` further attempts in a row that bring nothing new, waiting `wait` seconds before the first of them
-    and twice as long before each next one (at most 60). `timeout` is the longest silence in seconds.
+    Gives up after `retries` further attempts in a row that bring nothing new, waiting `wait` seconds before the first of
+    them and twice as long before each next one (at most 60). `timeout` is the longest silence in seconds.
     """
     part = target.with_name(target.name + ".part")
     failures = most = 0
@@ -78,8 +78,8 @@ def _attempt(url, part, timeout):
         if status == 429 or status >= 500:
             raise TryAgain(f"the server answered {status} {response.reason}")
         if status not in (200, 206):
-            raise UserError(f"{url}: the server answered {status} {response.reason}. Is the name right? The public data sets "
-                            f"are {', '.join(NAMES)}. Another location is given with --base-url")
+            raise UserError(f"{url}: the server answered {status} {response.reason}. Is the name right? The public data "
+                            f"sets are {', '.join(NAMES)}. Another location is given with --base-url")
         if status == 200:
             have = 0  # this server does not resume
         total = int(span[2]) if status == 206 else int(response.headers.get("Content-Length", 0)) or None

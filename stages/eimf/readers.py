@@ -1,11 +1,10 @@
 """Raw interaction logs and item metadata, line by line, in every format that stage 01 accepts.
 
-| format       | interactions                                      | items |
-|--------------|---------------------------------------------------|-------|
-| amazon       | JSON lines `reviewerID`, `asin`, `unixReviewTime` | JSON or Python-literal lines `asin`, `title`, `categories` or `category`, `brand` |
-| amazon-2023  | JSON lines `user_id`, `parent_asin`, `timestamp` (ms) | JSON lines `parent_asin`, `title`, `categories`, `store` |
-| recbole      | `.inter`, tabs, typed header such as `user_id:token`  | `.item`, tabs, typed header |
-| csv, tsv     | header with `user_id`, `item_id`, `timestamp`     | the same file or another one with `item_id`, `title`, `categories`, `brand` |
+amazon       2014, 2018: JSON or Python-literal lines with reviewerID, asin, unixReviewTime;
+             items: asin, title, categories (2018: category), brand
+amazon-2023  JSON lines with user_id, parent_asin, timestamp (ms); items: parent_asin, title, categories, store
+recbole      atomic files .inter and .item: tabs, never quoted, a typed header such as user_id:token; names as in csv
+csv, tsv     a header with user_id, item_id, timestamp; items, beside them or in another file: title, categories, brand
 
 Files are streamed and may be gzipped. A line that cannot be used is counted with its number and the reason, never
 silently dropped; more than 1 % of them is an error.
@@ -136,7 +135,7 @@ def parse_line(line):
                 warnings.simplefilter("ignore")  # '\d' in a title is no business of ours
                 record = ast.literal_eval(line.strip())
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            raise BadLine(f"neither JSON ({reason}) nor a Python literal, {len(line)} characters: {line.strip()[:40]!r}...") from None
+            raise BadLine(f"neither JSON ({reason}) nor a Python literal: {line.strip()[:40]!r}...") from None
     if not isinstance(record, dict):
         raise BadLine(f"expected an object with named fields, found {line.strip()[:40]!r}")
     return record
@@ -166,8 +165,9 @@ def detect(path, names=()):
             return "amazon-2023"
         if "asin" in record or any(name in record for name in names):
             return "amazon"
-        raise UserError(f"{path}: JSON lines with the fields {', '.join(map(str, record))}; expected {_expected('amazon')} "
-                        f"or {_expected('amazon-2023')}. Name yours with --user-column, --item-column, --time-column")
+        raise UserError(f"{path}: JSON lines with the fields {', '.join(map(str, record))}; expected "
+                        f"{_expected('amazon')} or {_expected('amazon-2023')}. "
+                        "Name yours with --user-column, --item-column, --time-column")
     raise UserError(f"{path}: none of the first {len(lines)} lines is a JSON object or Python literal")
 
 
@@ -347,7 +347,8 @@ def read_items(path, form, fields, wanted, report, required=()):
                 categories = record.get(keys["categories"], record.get("category"))  # 2014, 2018
             else:
                 key = record[keys["item"]]
-                title, categories, brand = (record[keys[c]] if c in keys else None for c in ("title", "categories", "brand"))
+                title, categories, brand = (record[keys[c]] if c in keys else None
+                                            for c in ("title", "categories", "brand"))
             key = str(key)
             if key in wanted:
                 yield key, clean(title), category_names(categories), clean(brand)
