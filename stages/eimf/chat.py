@@ -14,6 +14,7 @@ The key lives in this object and in the Authorization header only. It is cut out
 """
 import email.utils
 import json
+import os
 import queue
 import random
 import re
@@ -26,6 +27,7 @@ import requests
 from .artifacts import UserError
 from .llm import Stopped, malformed, record, usage_of
 
+OPENAI, DASHSCOPE = "https://api.openai.com/v1", "https://dashscope.aliyuncs.com/compatible-mode/v1"
 OVERLOADED = {429, 503, 529}
 TRANSIENT = {408, 409, 425, 500, 502, 504, 520, 521, 522, 523, 524} | OVERLOADED
 NO_MONEY = ("insufficient_quota", "billing_hard_limit_reached", "arrearage", "insufficient balance", "insufficient_balance")
@@ -43,6 +45,25 @@ def check_base_url(url):
         raise UserError("--base-url must hold no user name, password, query or fragment: it is written to the manifest. "
                         "Give the key in OPENAI_API_KEY or with --api-key-file")
     return url.rstrip("/").removesuffix("/chat/completions")
+
+
+def find_endpoint(base_url, model, key_file):
+    """(base URL, model, key or None) from the arguments, OPENAI_API_KEY and DASHSCOPE_API_KEY. Raises UserError when one is missing."""
+    openai, dashscope = os.environ.get("OPENAI_API_KEY"), os.environ.get("DASHSCOPE_API_KEY")
+    url = check_base_url(base_url or (DASHSCOPE if dashscope and not openai else OPENAI))
+    at_dashscope = urllib.parse.urlsplit(url).hostname.endswith("aliyuncs.com")
+    key = dashscope or openai if at_dashscope else openai  # DashScope's key goes to no other host
+    if key_file:
+        if not key_file.is_file():
+            raise UserError(f"--api-key-file {key_file}: no such file")
+        key = key_file.read_text(encoding="utf-8", errors="replace").strip()
+    if not key and url in (OPENAI, DASHSCOPE):
+        raise UserError(f"no key for {url}: set OPENAI_API_KEY or DASHSCOPE_API_KEY, give --api-key-file, or --base-url for a server of "
+                        "your own")
+    model = model or ("qwen-turbo" if at_dashscope else None)
+    if not model:
+        raise UserError(f"--llm openai at {url} needs --model NAME")
+    return url, model, key or None
 
 
 class Gate:

@@ -171,7 +171,7 @@ def parse_partition(text, n_items, finish_reason=None):
     if usable and missing:
         merged.setdefault("other", []).extend(missing)
     notes += [f"{n} {kind}" for kind, n in [*counts.items(), ("missing", len(missing))] if n and best]
-    strict &= bool(values) and all(isinstance(v, list) and all(isinstance(n, int) for n in v) for v in values[-1].values())
+    strict = strict and bool(values) and all(isinstance(v, list) and all(isinstance(n, int) for n in v) for v in values[-1].values())
     strict &= not (missing or counts["duplicate"] or counts["unknown"]) and len(merged) == len(best)
     outcome = _outcome(text, finish_reason, usable, strict, cut, refusal)
     return Parsed(outcome, [(name, sorted(numbers)) for name, numbers in merged.items()] if usable else [], notes)
@@ -229,6 +229,7 @@ class _Reader:
     QUOTES = {'"': '"', "'": "'", "“": "”", "‘": "’", "„": "“", "「": "」", "«": "»", "`": "`"}
     SPACE = re.compile(r"(?:\s|//[^\n]*)*")
     BARE = re.compile(r"[^,:：，{}\[\]\n]+")
+    NEXT_KEY = re.compile(r"""["'“][^"'”:：]{0,40}["'”]\s{0,9}[:：]""")
     DEPTH = 40
 
     def __init__(self, text, position):
@@ -326,7 +327,8 @@ class _Reader:
                 continue
             after = self.SPACE.match(self.text, match.end()).end()
             following = self.text[after:after + 1]
-            if following == "" or following in ",:：，}];、" or (following in self.QUOTES and "\n" in self.text[match.end():after]):
+            if following == "" or following in ",:：，}];、" or (following in self.QUOTES and (
+                    "\n" in self.text[match.end():after] or self.NEXT_KEY.match(self.text, after))):
                 parts.append(self.text[start:match.start()])
                 self.position = match.end()  # escaped surrogate pairs are joined
                 return "".join(parts).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
@@ -355,7 +357,7 @@ def _flatten(value, errors, name=""):
         for part in value:
             yield from _flatten(part, errors)
     elif isinstance(value, dict):
-        plain = {_plain(key): key for key in value}
+        plain = {re.sub(r"[\W_]+", "", key).lower(): key for key in value}
         if errors_here := [key for key in plain if key in ERROR_KEYS]:
             errors.extend(errors_here)
             return
@@ -365,7 +367,8 @@ def _flatten(value, errors, name=""):
             return
         for key, part in value.items():
             generic = NUMBERED_KEY.fullmatch(key) or _plain(key) in CONTAINERS or not _plain(key)
-            if isinstance(part, (int, float)) and (generic or _plain(key) in ("id", "count", "total", "score", "confidence", "user")):
+            if isinstance(part, (int, float)) and (generic or _plain(key) in ("id", "userid", "user", "count", "total", "score",
+                                                                                                        "confidence")):
                 continue
             yield from _flatten(part, errors, "" if generic else clean_text(re.sub(r"#\d+$", "", key)))
 
