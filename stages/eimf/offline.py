@@ -1,0 +1,89 @@
+"""The deterministic summariser behind `--llm offline`: interests read off titles and category paths, no model at all.
+
+Its phrases are no LLM's answers; whatever stores them stamps them `offline`.
+"""
+import math
+import re
+from collections import Counter
+
+from .interests import clean_text
+
+MAX_WORDS = 6   # distinguishing title words in a phrase
+MIN_TITLES = 3  # a word of fewer titles names one product, not a taste
+STOP_WORDS = set("a an and are as at by for from in into is it its of on or per the this to with without you your new pack set of "
+                 "count inch inches tm pk package bottle bottles feet oz ounce ounces ml pcs piece pieces size x".split())
+NO_BRAND = {"", "unknown", "generic", "n/a", "none"}
+
+
+def words(text):
+    """Lower-case words of a text, without numbers, units and stop words, in order."""
+    return [w for w in re.findall(r"[^\W_]+(?:['-][^\W_]+)*", text.lower())
+            if len(w) > 1 and w not in STOP_WORDS and not any(c.isdigit() for c in w)]
+
+
+class Summarizer:
+    """Phrases for a history, such as "Gel Ink Pens: Pilot retractable fine".
+
+    items: the whole item table (index 0 is None); it gives each word's document frequency, so that frequent words such as
+    "black" weigh less than distinguishing ones.
+    """
+
+    def __init__(self, items):
+        self.n_titles = 0
+        self.frequency = Counter()
+        for item in items[1:]:
+            if title := set(words(clean_text(item["title"]))):
+                self.n_titles += 1
+                self.frequency.update(title)
+
+    def weight(self, word):
+        """Inverse document frequency of a title word."""
+        return math.log((1 + self.n_titles) / (1 + self.frequency[word]))
+
+    def groups(self, history):
+        """Positions of a history's items by what they are: [(name, [position, ...]), ...], largest first, then most recent.
+
+        history: item dicts, oldest first. An item belongs to its leaf category; one without categories joins the group
+        whose leaf its title names, or else shares the title word that most of the other such items have.
+        """
+        members, loose = {}, []
+        for position, item in enumerate(history):
+            path = [clean_text(c) for c in item["categories"] or [] if clean_text(c)]
+            if path:
+                members.setdefault(path[-1], []).append(position)
+            else:
+                loose.append(position)
+        while loose:  # the pair of neighbouring words, or the word, that covers most of what is left
+            counts = Counter(gram for p in loose for gram in self._grams(history[p]))
+            if not counts:
+                break
+            gram = max(counts, key=lambda g: (counts[g], sum(map(self.weight, g)), g))
+            covered = [p for p in loose if gram in self._grams(history[p])]
+            members.setdefault(" ".join(gram), []).extend(covered)
+            loose = [p for p in loose if p not in covered]
+        return sorted(members.items(), key=lambda group: (-len(group[1]), -max(group[1]), group[0]))
+
+    def _grams(self, item):
+        tokens = words(clean_text(item["title"]))
+        return set(zip(tokens, tokens[1:])) or {(w,) for w in tokens}
+
+    def phrase(self, name, items):
+        """`name` and what distinguishes the titles of `items` (newest last): their brand and most telling words."""
+        known = set(words(name))
+        score, spelling = Counter(), {}
+        for item in items:
+            title = clean_text(item["title"])
+            for word in re.findall(r"[^\W_]+(?:['-][^\W_]+)*", title):
+                spelling[word.lower()] = word
+            for word in set(words(title)):
+                if self.frequency[word] >= MIN_TITLES and word not in known and word.rstrip("s") not in known and word + "s" not in known:
+                    score[word] += self.weight(word)
+        best = sorted(score, key=lambda w: (-score[w], w))[:MAX_WORDS]
+        order = {w: i for i, w in enumerate(dict.fromkeys(w for item in reversed(items) for w in words(clean_text(item["title"]))))}
+        details = " ".join(spelling.get(w, w) for w in sorted(best, key=order.get))
+        return f"{name}: {details}" if details else name
+
+    def interests(self, history, limit=20):
+        """At most `limit` distinct phrases, those with most items behind them first, then the most recent."""
+        phrases = [self.phrase(name, [history[p] for p in positions]) for name, positions in self.groups(history)]
+        return list(dict.fromkeys(phrases))[:limit]

@@ -1,0 +1,167 @@
+"""Which prompts a run asks, over which events, and the proof that they saw nothing else. Used by 04_infer_interests."""
+import numpy as np
+
+from .artifacts import UserError
+from .data import HISTORY_FRACTION, TRAIN
+from .interests import MAX_INTERESTS, build_prompt, clean_text, describe, parse_interests, parse_partition
+from .llm import Request, answer_text
+
+FINAL = {"refused", "rejected", "no_recording"}  # failures that asking again does not change
+
+
+def token_counter(folder):
+    """text -> tokens, by a tokenizer, or estimated: four ASCII characters or one other character a token."""
+    if folder is None:
+        return lambda text: -(-(n := sum(map(str.isascii, text))) // 4) + len(text) - n
+    import transformers
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--tokenizer {folder}: {str(error).splitlines()[0]}") from None
+    return lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+class Prompts:
+    """The requests, rebuilt whenever they are needed: memory holds their keys only.
+
+    `users`, `start`, `end` int64 (prompts,): whose events, and which of the flat arrays a prompt may see.
+    """
+
+    def __init__(self, args, interactions, items, user_ids, typical, model, template, count):
+        users, start, end = interactions.training_ranges()
+        if typical is not None:
+            place = np.full(interactions.n_users, -1)
+            place[users] = np.arange(len(users))
+            if typical.ndim != 1 or typical.dtype != np.int64 or (len(typical) and not 0 <= typical.min() <= typical.max() < len(place)):
+                raise UserError(f"typical_users.npy: expected int64 user numbers below {len(place)}, found {typical.dtype} "
+                                f"{typical.shape}. Run stage 03_cluster_users again")
+            place = place[typical]
+            if (place < 0).any():
+                raise UserError(f"typical_users.npy: user {typical[place < 0][0]} is no training user, so its history must not be seen. "
+                                "Run stage 03_cluster_users again on this split")
+            users, start, end = typical, start[place], end[place]
+        if args.prefix_only:
+            end = start + np.maximum(1, ((end - start) * HISTORY_FRACTION).astype(np.int64))
+        self.users, self.start, self.end = users, start, end
+        self.args, self.items, self.user_ids, self.model, self.count = args, items, user_ids, model, count
+        self.events, self.template = interactions.items, template
+        self.fields = (args.item_text or ("title,categories" if args.llm == "offline" else "title")).split(",")
+        self.shown_start, self.truncated, self.keys = end.copy(), 0, []
+
+    def history(self, index):
+        """(item numbers, lines, was truncated) of a prompt, oldest first: the newest items that fit into --max-prompt-tokens."""
+        budget = self.args.max_prompt_tokens - self.count(self.template)
+        numbers, lines, truncated = [], [], False
+        for position in range(self.end[index] - 1, self.start[index] - 1, -1):
+            line = describe(self.items[self.events[position]], self.fields)
+            tokens = self.count(line) + 2
+            if line and numbers and tokens > budget:
+                truncated = True
+                break
+            self.shown_start[index] = position
+            if line:
+                if tokens > budget:  # one title longer than everything: its beginning
+                    line, truncated = line[:max(1, int(len(line) * budget / tokens))], True
+                budget -= tokens
+                numbers.append(int(self.events[position]))
+                lines.append(line)
+        return numbers[::-1], lines[::-1], truncated
+
+    def request(self, index):
+        """The Request of a prompt, or None if no item of the history has text."""
+        numbers, lines, truncated = self.history(index)
+        if len(self.keys) == index:
+            self.truncated += truncated
+        if not lines:
+            return None
+        args = self.args
+        body = {"model": self.model, "messages": [{"role": "user", "content": build_prompt(self.template, args.task, lines, args.dataset)}],
+                "temperature": args.temperature, "max_tokens": args.max_tokens}
+        if args.json_mode:
+            body["response_format"] = {"type": "json_object"}
+        user_id = self.user_ids[self.users[index]]
+        request = Request("", body, user_id, tuple(self.items[i] for i in numbers))
+        return Request(f"{args.dataset}/{user_id}#{request.key[:16]}", body, user_id, request.history)
+
+    def first_pass(self):
+        """Build every request once, remember its key (None without text), and yield it."""
+        for index in range(len(self.users)):
+            request = self.request(index)
+            self.keys.append(request and request.key)
+            if request:
+                yield request
+
+    def pending(self, journal, shard, again=None, reuse=True):
+        """Requests of this shard without an answer, each key once; in a later round those whose answers `again(entry)` rejects;
+        all of them without `reuse`."""
+        number, of = map(int, shard.split("/")) if shard else (1, 1)
+        seen = set()
+        for index, key in enumerate(self.keys):
+            if key is None or key in seen or index % of != number - 1:
+                continue
+            seen.add(key)
+            if again is None and reuse:
+                if journal.answers(key) or (not self.args.retry_failed and key in journal.index
+                                            and journal.get(key)["error"]["code"] in FINAL):
+                    continue
+            elif again and not (0 < journal.answers(key) < self.args.answer_attempts and again(journal.get(key), index)):
+                continue
+            yield self.request(index)
+
+    def parse(self, entry, index):
+        text, reason, _ = answer_text(entry)
+        if self.args.task == "partition":
+            return parse_partition(text, len(self.history(index)[0]), reason)
+        return parse_interests(text, reason)
+
+    def titles(self, index):
+        """The fallback: the newest distinct titles of the history."""
+        texts = (clean_text(self.items[self.events[p]]["title"]) for p in range(self.end[index] - 1, self.start[index] - 1, -1))
+        return list(dict.fromkeys(filter(None, texts)))[:MAX_INTERESTS]
+
+    def row(self, index, journal):
+        """The result line of a prompt."""
+        key = self.keys[index]
+        entry = key and journal.get(key)
+        row = {"user": int(self.users[index]), "id": self.user_ids[self.users[index]]}
+        if entry and entry["response"]:
+            parsed, source, model = self.parse(entry, index), entry["source"], answer_text(entry)[2]
+            outcome, value, notes = parsed.outcome, parsed.value, parsed.notes
+        else:
+            error = entry["error"] if entry else {"code": "not_asked" if key else "no_text", "message": "no item of the history has text"
+                                                  if not key else "no answer was asked for"}
+            outcome, value, notes = "refused" if error["code"] == "refused" else "failed", [], [f"{error['code']}: {error['message']}"]
+        if not value:
+            source, model = "titles", None
+        if self.args.task == "partition":
+            numbers = self.history(index)[0]
+            groups = value or ([("all", list(range(1, len(numbers) + 1)))] if numbers else [])
+            row |= {"items": numbers, "groups": [{"name": name, "items": members} for name, members in groups]}
+        else:
+            row["interests"] = value or self.titles(index)
+        return row | {"outcome": outcome, "source": source, "model": model, "key": key, "notes": notes}
+
+
+def leakage(prompts, interactions, args):
+    """Count forbidden events in what the prompts saw, from the split itself. Raises UserError if there is one."""
+    offsets, n = interactions.offsets, len(interactions.items)
+    user = np.repeat(np.arange(interactions.n_users), np.diff(offsets))
+    user_level = interactions.kind != "leave-one-out"
+    checks = {"events_of_validation_and_test_users": (interactions.split[user] != TRAIN) & user_level,
+              "held_out_positions": (np.arange(n) >= offsets[user + 1] - 2) & (not user_level)}
+    if args.prefix_only:
+        length = np.diff(offsets) - (0 if user_level else 2)
+        checks["events_after_80_percent"] = np.arange(n) - offsets[user] >= np.maximum(1, length * HISTORY_FRACTION)[user]
+    first = prompts.shown_start
+    found = {}
+    for name, forbidden in checks.items():
+        total = np.concatenate([[0], np.cumsum(forbidden)])
+        found[name] = int((total[prompts.end] - total[first]).sum())
+    own = (first >= offsets[prompts.users]) & (prompts.end <= offsets[prompts.users + 1])
+    found["events_of_other_users"] = int((~own).sum())
+    if any(found.values()):
+        raise UserError(f"prompts have seen events they must not: {found}; nothing was written")
+    return found | {"split": interactions.kind, "prefix_only": args.prefix_only, "prompts": len(first),
+                    "events_seen": int((prompts.end - first).sum()), "truncated_histories": prompts.truncated,
+                    "answers_saw_more_than_the_prompt": "perhaps: recorded answers matched by user" if args.llm == "recorded"
+                    and args.match == "user" else "no"}
