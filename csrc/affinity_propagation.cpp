@@ -1,0 +1,833 @@
+// Affinity propagation over sorted neighbour lists; eimf.h states the method.
+//
+// Where the messages are. Row i lists its neighbours by falling s(i,k). Only the first `used` entries of a row carry r(i,k)
+// and a(i,k) of their own: all that ever had r > 0 or were the row's best. For any other k the messages are implied:
+//   r(i,k) = weight * s(i,k) - level[i]   never the best and never positive, so each update subtracted the row's best value
+//   a(i,k) = column[k]                    never positive, so each update saw the column sum alone
+// Both follow from the damped updates started at 0, with weight = 1 - damping^t.
+// Entries with r > 0, and the row's best, have s(i,k) >= the row's best value, so they are a prefix of the list.
+#include <algorithm>
+#include <cstring>
+#include <numeric>
+
+#include "top_n.hpp"
+
+namespace eimf {
+namespace {
+
+constexpr double NEVER = -1e300;  // stands for minus infinity where arithmetic must stay finite
+constexpr size_t FIRST_LENGTH = 64;
+constexpr size_t SELF = static_cast<size_t>(-1);
+
+// One row's neighbours. id and s: by falling s, equal s by rising id. r and a: of the first `used` entries.
+struct Row {
+    uint32_t *id;
+    float *s;
+    double *r, *a;
+    uint32_t length, used;
+    float bound;  // no neighbour outside the list is more similar than this; -infinity: none is missing
+};
+
+struct Neighbour {
+    float s;
+    uint32_t id;
+    bool operator<(const Neighbour &other) const { return s != other.s ? s > other.s : id < other.id; }
+};
+
+constexpr size_t ENTRY_BYTES = sizeof(uint32_t) + sizeof(float) + 2 * sizeof(double);
+
+// Where similarities come from. Rows and columns are numbered 0 .. n-1 after equal points were merged.
+class Source {
+public:
+    virtual ~Source() = default;
+    virtual size_t n() const = 0;
+    // Is s(i,k) the same for all pairs?
+    virtual bool all_equal(const std::vector<Row> &rows) const = 0;
+    // Give each of `which` a list of at least `length` neighbours (or all there are), by calling fill(i, neighbours, bound).
+    using Fill = std::function<void(size_t i, const Neighbour *sorted, size_t length, float bound)>;
+    virtual void neighbours(const uint32_t *which, size_t count, size_t length, Team &team, Memory &memory, const Fill &fill) const = 0;
+    // s(i,k); false if i has no edge to k.
+    virtual bool similarity(size_t i, size_t k, double *s) const = 0;
+    // For each member, the sum of s(i, member) over the other members (NEVER where one has no edge to it).
+    virtual void medoid_scores(const uint32_t *members, size_t count, double *scores) const = 0;
+    // The largest preference[k] + sum over i != k of s(i,k), the value of the best single cluster, and its k. False: not known.
+    virtual bool best_single(const double *preference, size_t *k, double *value) const = 0;
+};
+
+// The first k with the largest preference[k] + score[k], relative to the highest preference lest huge ones swallow the score.
+size_t best_of(const double *preference, const std::vector<double> &score, double *value) {
+    const double highest = *std::max_element(preference, preference + score.size());
+    size_t best = 0;
+    for (size_t k = 1; k < score.size(); ++k)
+        if (preference[k] - highest + score[k] > preference[best] - highest + score[best]) best = k;
+    *value = preference[best] + score[best];
+    return best;
+}
+
+// ---------------------------------------------------------------------------------------------------------------- points
+
+double squared_distance(const float *x, const float *y, size_t d) {
+    double lane[8] = {};
+    size_t t = 0;
+    for (; t + 8 <= d; t += 8)
+        for (size_t j = 0; j < 8; ++j) {
+            const double difference = static_cast<double>(x[t + j]) - y[t + j];
+            lane[j] += difference * difference;
+        }
+    for (; t < d; ++t) {
+        const double difference = static_cast<double>(x[t]) - y[t];
+        lane[t % 8] += difference * difference;
+    }
+    return ((lane[0] + lane[4]) + (lane[1] + lane[5])) + ((lane[2] + lane[6]) + (lane[3] + lane[7]));
+}
+
+// Points with minus the squared distance; row i is weighted by the number of equal points it stands for, which makes the
+// merged problem's net similarity that of the whole one.
+class Points final : public Source {
+public:
+    Points(const float *x, size_t d, const std::vector<uint32_t> &representative, const std::vector<uint32_t> &weight,
+           const ScoreKernels *kernels, Memory &memory)
+        : x_(x), d_(d), point_(representative), weight_(weight), kernels_(kernels), mean_(memory, d, 0.0),
+          centred_(memory, checked_product(representative.size(), d)), bias_(memory, representative.size()) {
+        // Centring keeps the rounding error of |x - y|^2 = |x|^2 - 2 x.y + |y|^2 small.
+        const size_t n = point_.size();
+        double total = 0;
+        for (size_t i = 0; i < n; ++i) {
+            total += weight_[i];
+            for (size_t t = 0; t < d; ++t) mean_[t] += static_cast<double>(weight_[i]) * row(i)[t];
+        }
+        for (size_t t = 0; t < d; ++t) mean_[t] /= total;
+        total_weight_ = total;
+        for (size_t i = 0; i < n; ++i) {
+            double norm = 0;
+            for (size_t t = 0; t < d; ++t) {
+                const float c = static_cast<float>(row(i)[t] - mean_[t]);
+                centred_[i * d + t] = c;
+                norm += static_cast<double>(c) * c;
+            }
+            bias_[i] = static_cast<float>(-norm / 2);
+            largest_norm_ = std::max(largest_norm_, norm);
+        }
+        // Bounds the error of a float32 inner product of d terms plus bias, doubled as -|x - y|^2 takes it twice, and
+        // the rounding of the centred values (gamma_d of Higham, Accuracy and Stability, 3.1).
+        error_ = 2.0 * (static_cast<double>(d) + 16) * 5.97e-8 * 2 * largest_norm_;
+    }
+
+    size_t n() const override { return point_.size(); }
+
+    bool similarity(size_t i, size_t k, double *s) const override {
+        *s = -squared_distance(row(i), row(k), d_) * weight_[i];
+        return true;
+    }
+
+    bool all_equal(const std::vector<Row> &rows) const override {
+        for (const Row &row : rows)  // a necessary condition that is cheap
+            if (row.s[0] != rows[0].s[0] || row.s[row.length - 1] != rows[0].s[0]) return false;
+        for (size_t i = 0; i < n(); ++i)
+            for (size_t k = 0; k < n(); ++k)
+                if (i != k && entry(i, k).s != rows[0].s[0]) return false;
+        return true;
+    }
+
+    void neighbours(const uint32_t *which, size_t count, size_t length, Team &team, Memory &memory, const Fill &fill) const override {
+        const size_t wanted = std::min(length, n() - 1);
+        TopNProblem problem{kernels_, centred_.data(), n(), d_, bias_.data(), nullptr, count, 1, wanted + 1, {}, {}, {}};
+        problem.rows = [&](size_t q) { return centred_.data() + static_cast<size_t>(which[q]) * d_; };
+        problem.result = [&](size_t q, const RankKey *keys, size_t found) {
+            const size_t i = which[q];
+            Buffer<Neighbour> list(memory, found);
+            size_t kept = 0;
+            for (size_t j = 0; j < found; ++j)
+                if (key_id(keys[j]) != i && kept < wanted) list[kept++] = entry(i, key_id(keys[j]));
+            std::sort(list.begin(), list.begin() + kept);
+            float bound = -std::numeric_limits<float>::infinity();
+            if (kept < n() - 1) {
+                // All others scored at most as the last one found; -|x - y|^2 = 2 score - |x|^2.
+                const double last = 2.0 * key_score(keys[found - 1]) + 2.0 * bias_[i] + error_;
+                bound = static_cast<float>(std::min(0.0, last * weight_[i]) * (1 - 1e-6));
+            }
+            fill(i, list.data(), kept, bound);
+        };
+        top_n(problem, team, memory);
+    }
+
+    void medoid_scores(const uint32_t *members, size_t count, double *scores) const override {
+        // sum_i w_i |x_i - x_j|^2 = sum_i w_i |x_i - m|^2 + W |x_j - m|^2 with the weighted mean m.
+        std::vector<double> mean(d_, 0.0);
+        double weight = 0, spread = 0;
+        for (size_t i = 0; i < count; ++i) {
+            weight += weight_[members[i]];
+            for (size_t t = 0; t < d_; ++t) mean[t] += static_cast<double>(weight_[members[i]]) * row(members[i])[t];
+        }
+        for (double &m : mean) m /= weight;
+        for (size_t i = 0; i < count; ++i) {
+            double distance = 0;
+            for (size_t t = 0; t < d_; ++t) {
+                const double difference = row(members[i])[t] - mean[t];
+                distance += difference * difference;
+            }
+            scores[i] = distance;
+            spread += weight_[members[i]] * distance;
+        }
+        for (size_t i = 0; i < count; ++i) scores[i] = -(spread + weight * scores[i]);
+    }
+
+    bool best_single(const double *preference, size_t *k, double *value) const override {
+        std::vector<uint32_t> everyone(n());
+        std::iota(everyone.begin(), everyone.end(), 0u);
+        std::vector<double> scores(n());
+        medoid_scores(everyone.data(), n(), scores.data());
+        *k = best_of(preference, scores, value);
+        return true;
+    }
+
+private:
+    const float *row(size_t i) const { return x_ + static_cast<size_t>(point_[i]) * d_; }
+    Neighbour entry(size_t i, size_t k) const {
+        return {static_cast<float>(-squared_distance(row(i), row(k), d_) * weight_[i]), static_cast<uint32_t>(k)};
+    }
+
+    const float *x_;
+    size_t d_;
+    const std::vector<uint32_t> &point_, &weight_;
+    const ScoreKernels *kernels_;
+    Buffer<double> mean_;
+    Buffer<float> centred_, bias_;
+    double total_weight_ = 0, largest_norm_ = 0, error_ = 0;
+};
+
+// -------------------------------------------------------------------------------------------------- given similarities
+
+class Matrix final : public Source {
+public:
+    Matrix(const float *s, size_t n) : s_(s), n_(n) {}
+    size_t n() const override { return n_; }
+
+    bool similarity(size_t i, size_t k, double *s) const override {
+        *s = s_[i * n_ + k];
+        return true;
+    }
+    bool all_equal(const std::vector<Row> &) const override {
+        for (size_t i = 0; i < n_; ++i)
+            for (size_t k = 0; k < n_; ++k)
+                if (i != k && s_[i * n_ + k] != s_[1]) return false;
+        return true;
+    }
+    void neighbours(const uint32_t *which, size_t count, size_t length, Team &team, Memory &memory, const Fill &fill) const override {
+        const size_t wanted = std::min(length, n_ - 1);
+        team.run(count, [&](size_t q) {
+            const size_t i = which[q];
+            Buffer<Neighbour> all(memory, n_ - 1);
+            for (size_t k = 0, j = 0; k < n_; ++k)
+                if (k != i) all[j++] = {s_[i * n_ + k], static_cast<uint32_t>(k)};
+            std::partial_sort(all.begin(), all.begin() + wanted, all.end());
+            const bool whole = wanted == n_ - 1;
+            fill(i, all.data(), wanted, whole ? -std::numeric_limits<float>::infinity() : all[wanted - 1].s);
+        });
+    }
+    void medoid_scores(const uint32_t *members, size_t count, double *scores) const override {
+        std::fill_n(scores, count, 0.0);
+        for (size_t i = 0; i < count; ++i)
+            for (size_t j = 0; j < count; ++j)
+                if (i != j) scores[j] += s_[members[i] * n_ + members[j]];
+    }
+    bool best_single(const double *preference, size_t *k, double *value) const override {
+        std::vector<double> total(n_, 0.0);
+        for (size_t i = 0; i < n_; ++i)
+            for (size_t j = 0; j < n_; ++j)
+                if (i != j) total[j] += s_[i * n_ + j];
+        *k = best_of(preference, total, value);
+        return true;
+    }
+
+private:
+    const float *s_;
+    size_t n_;
+};
+
+// --------------------------------------------------------------------------------------------------------------- graph
+
+class Graph final : public Source {
+public:
+    Graph(const int64_t *indptr, const int64_t *indices, const float *similarity, size_t n)
+        : indptr_(indptr), indices_(indices), s_(similarity), n_(n) {}
+    size_t n() const override { return n_; }
+
+    bool similarity(size_t i, size_t k, double *s) const override {
+        for (int64_t e = indptr_[i]; e < indptr_[i + 1]; ++e)
+            if (static_cast<size_t>(indices_[e]) == k) return *s = s_[e], true;
+        return false;
+    }
+    bool all_equal(const std::vector<Row> &rows) const override {
+        for (const Row &row : rows)
+            if (row.length != n_ - 1 || row.s[0] != rows[0].s[0] || row.s[row.length - 1] != rows[0].s[0]) return false;
+        return true;
+    }
+    void neighbours(const uint32_t *which, size_t count, size_t, Team &team, Memory &memory, const Fill &fill) const override {
+        team.run((count + 1023) / 1024, [&](size_t block) {
+            for (size_t q = block * 1024; q < std::min(count, (block + 1) * 1024); ++q) {
+                const size_t i = which[q], degree = static_cast<size_t>(indptr_[i + 1] - indptr_[i]);
+                Buffer<Neighbour> list(memory, degree);
+                size_t kept = 0;
+                for (int64_t e = indptr_[i]; e < indptr_[i + 1]; ++e)
+                    if (static_cast<size_t>(indices_[e]) != i) list[kept++] = {s_[e], static_cast<uint32_t>(indices_[e])};
+                std::sort(list.begin(), list.begin() + kept);
+                fill(i, list.data(), kept, -std::numeric_limits<float>::infinity());
+            }
+        });
+    }
+    void medoid_scores(const uint32_t *members, size_t count, double *scores) const override {
+        std::fill_n(scores, count, 0.0);
+        std::vector<size_t> edges(count, 0);
+        for (size_t i = 0; i < count; ++i)
+            for (int64_t e = indptr_[members[i]]; e < indptr_[members[i] + 1]; ++e) {
+                const uint32_t k = static_cast<uint32_t>(indices_[e]);
+                const uint32_t *at = std::lower_bound(members, members + count, k);
+                if (at == members + count || *at != k || k == members[i]) continue;
+                scores[at - members] += s_[e];
+                ++edges[at - members];
+            }
+        for (size_t j = 0; j < count; ++j)
+            if (edges[j] + 1 != count) scores[j] = NEVER;
+    }
+    bool best_single(const double *, size_t *, double *) const override { return false; }
+
+private:
+    const int64_t *indptr_, *indices_;
+    const float *s_;
+    size_t n_;
+};
+
+// ------------------------------------------------------------------------------------------------------------ the engine
+
+// Distinct numbers in [0, 1) that differ much for neighbouring k (the van der Corput sequence).
+double spread(uint32_t k) {
+    uint32_t reversed = 0;
+    for (int bit = 0; bit < 32; ++bit) reversed |= ((k >> bit) & 1u) << (31 - bit);
+    return reversed / 4294967296.0;
+}
+
+struct Clustering {
+    std::vector<uint32_t> exemplars;  // ascending
+    std::vector<uint32_t> label;      // point -> its exemplar, or NOBODY
+    double net_similarity = 0;
+    size_t unassigned = 0;
+};
+constexpr uint32_t NOBODY = std::numeric_limits<uint32_t>::max();
+
+class Engine {
+public:
+    Engine(const Source &source, const double *preference, const eimf_ap_options &options, Team &team, Memory &memory)
+        : source_(source), options_(options), team_(team), memory_(memory), n_(source.n()), preference_(preference), rows_(n_),
+          grown_(n_), p_(memory, n_), best_(memory, n_), second_(memory, n_), arg_(memory, n_), level_(memory, n_, 0.0),
+          r_self_(memory, n_, 0.0), a_self_(memory, n_, 0.0), column_(memory, n_, 0.0), column_sum_(memory, n_, 0.0),
+          is_exemplar_(memory, n_, uint8_t{0}), unchanged_(memory, n_, uint32_t{0}) {
+        // Fixed blocks of rows, each with its own partial column sums, make the sums the same for any number of threads.
+        blocks_ = std::min<size_t>(32, (n_ + 511) / 512);
+        partial_ = Buffer<double>(memory, checked_product(blocks_, n_), 0.0);
+        waiting_.resize(blocks_);
+    }
+
+    Clustering run(eimf_ap_result *result) {
+        load_neighbours();
+        Clustering found;
+        if (trivial(&found)) {
+            result->converged = 1;
+            return found;
+        }
+        for (size_t i = 0; i < n_; ++i) {
+            double scale = std::fabs(preference_[i]);
+            if (rows_[i].length) scale = std::max(scale, std::fabs(static_cast<double>(rows_[i].s[0])));
+            p_[i] = preference_[i] - std::ldexp(scale, -32) * spread(static_cast<uint32_t>(i));
+        }
+        Clustering best;
+        best.net_similarity = -std::numeric_limits<double>::infinity();
+        const size_t first_candidate = options_.max_iter - std::min(options_.max_iter, options_.convergence_iter);
+        for (size_t iteration = 0; iteration < options_.max_iter; ++iteration) {
+            responsibilities();
+            const bool changing = availabilities();
+            result->n_iter = iteration + 1;
+            report(iteration + 1, exemplar_count_);
+            if (iteration >= options_.convergence_iter && !changing && exemplar_count_ > 0) {
+                result->converged = 1;
+                return refined(current_exemplars());
+            }
+            if (iteration >= first_candidate && exemplar_count_ > 0) {
+                Clustering now = refined(current_exemplars());
+                if (now.unassigned < best.unassigned || now.net_similarity > best.net_similarity || best.exemplars.empty())
+                    best = std::move(now);
+            }
+        }
+        result->converged = 0;
+        if (best.exemplars.empty()) {  // no exemplar in sight: the point that is nearest to being one
+            size_t top = 0;
+            for (size_t k = 1; k < n_; ++k)
+                if (a_self_[k] + r_self_[k] > a_self_[top] + r_self_[top]) top = k;
+            best = refined({static_cast<uint32_t>(top)});
+        }
+        return best;
+    }
+
+private:
+    void report(size_t iteration, size_t exemplars) {
+        if (options_.progress && options_.progress(options_.progress_context, iteration, exemplars))
+            fail(EIMF_ERROR_INTERRUPTED, "stopped by the progress callback at iteration %zu", iteration);
+    }
+
+    void set_row(size_t i, unsigned char *at, const Neighbour *sorted, size_t length, float bound) {
+        Row &row = rows_[i];
+        Row next{};
+        next.r = reinterpret_cast<double *>(at);
+        next.a = next.r + length;
+        next.s = reinterpret_cast<float *>(next.a + length);
+        next.id = reinterpret_cast<uint32_t *>(next.s + length);
+        for (size_t j = 0; j < length; ++j) next.s[j] = sorted[j].s, next.id[j] = sorted[j].id;
+        next.length = static_cast<uint32_t>(length);
+        next.bound = bound;
+        next.used = row.used;
+        for (size_t j = 0; j < row.used; ++j) next.r[j] = row.r[j], next.a[j] = row.a[j];
+        row = next;
+    }
+
+    void load_neighbours() {
+        Buffer<uint32_t> all(memory_, n_);
+        std::iota(all.begin(), all.end(), 0u);
+        report(0, 0);
+        source_.neighbours(all.data(), n_, FIRST_LENGTH, team_, memory_,
+                           [this](size_t i, const Neighbour *sorted, size_t length, float bound) {
+                               grown_[i] = Buffer<unsigned char>(memory_, length * ENTRY_BYTES);
+                               set_row(i, grown_[i].data(), sorted, length, bound);
+                           });
+        report(0, 0);
+    }
+
+    // Cases with a known answer, where messages would only oscillate.
+    bool trivial(Clustering *found) {
+        std::vector<uint32_t> everyone(n_);
+        std::iota(everyone.begin(), everyone.end(), 0u);
+        if (n_ == 1) return *found = assigned(everyone), true;
+        const double highest = *std::max_element(preference_, preference_ + n_);
+        if (highest == *std::min_element(preference_, preference_ + n_) && source_.all_equal(rows_)) {
+            *found = assigned(preference_[0] > rows_[0].s[0] ? everyone : std::vector<uint32_t>{0});
+            return true;
+        }
+        // Two or more exemplars are worth at most the two highest preferences plus each row's best similarity (or none).
+        double second = -std::numeric_limits<double>::infinity(), gain = 0, rows_best = 0;
+        bool seen = false;
+        for (size_t i = 0; i < n_; ++i) {
+            if (preference_[i] == highest && !seen) seen = true;
+            else second = std::max(second, preference_[i]);
+            if (rows_[i].length == 0) return false;
+            gain += std::max(0.0, static_cast<double>(rows_[i].s[0]));
+            rows_best += rows_[i].s[0];
+        }
+        size_t k = 0;
+        double single = 0;
+        if (highest > 0 || second + gain >= rows_best || !source_.best_single(preference_, &k, &single)) return false;
+        if (highest + second + gain >= single) return false;
+        *found = assigned({static_cast<uint32_t>(k)});
+        return true;
+    }
+
+    // a of row i's own entries, from the last iteration's column sums and responsibilities.
+    void update_row_availabilities(size_t i) {
+        Row &row = rows_[i];
+        const double damping = options_.damping, gain = 1 - damping;
+        for (size_t j = 0; j < row.used; ++j)
+            row.a[j] = damping * row.a[j] + gain * std::min(0.0, column_sum_[row.id[j]] - std::max(row.r[j], 0.0));
+    }
+
+    // The two best values of a(i,k) + s(i,k). False if the list ends before that is certain.
+    bool scan(size_t i) {
+        const Row &row = rows_[i];
+        double best = a_self_[i] + p_[i], second = -std::numeric_limits<double>::infinity();
+        size_t arg = SELF;
+        const auto see = [&](double value, size_t j) {
+            if (value > best) second = best, best = value, arg = j;
+            else if (value > second) second = value;
+        };
+        size_t j = 0;
+        for (; j < row.used; ++j) see(row.s[j] + row.a[j], j);
+        for (; j < row.length && row.s[j] > second; ++j) see(row.s[j] + column_[row.id[j]], j);
+        if (j == row.length && row.bound > second) return false;
+        best_[i] = best;
+        second_[i] = std::max(second, NEVER);
+        arg_[i] = arg;
+        return true;
+    }
+
+    void update_row_responsibilities(size_t i, double *column_sum) {
+        Row &row = rows_[i];
+        const double damping = options_.damping, gain = 1 - damping, best = best_[i], second = second_[i];
+        const size_t arg = arg_[i];
+        r_self_[i] = damping * r_self_[i] + gain * (p_[i] - (arg == SELF ? second : best));
+        size_t j = 0;
+        for (; j < row.used; ++j) {
+            row.r[j] = damping * row.r[j] + gain * (row.s[j] - (j == arg ? second : best));
+            if (row.r[j] > 0) column_sum[row.id[j]] += row.r[j];
+        }
+        for (; j < row.length; ++j) {
+            const double before = weight_ * row.s[j] - level_[i];
+            const double r = damping * before + gain * (row.s[j] - (j == arg ? second : best));
+            if (r <= 0 && (arg == SELF || j > arg)) break;
+            row.r[j] = r;
+            row.a[j] = column_[row.id[j]];
+            row.used = static_cast<uint32_t>(j + 1);
+            if (r > 0) column_sum[row.id[j]] += r;
+        }
+        level_[i] = damping * level_[i] + gain * best;
+    }
+
+    void responsibilities() {
+        team_.run(blocks_, [this](size_t b) {
+            const size_t first = b * n_ / blocks_, last = (b + 1) * n_ / blocks_;
+            waiting_[b].clear();
+            for (size_t i = first; i < last; ++i) {
+                update_row_availabilities(i);
+                if (!scan(i)) waiting_[b].push_back(static_cast<uint32_t>(i));
+            }
+            if (waiting_[b].empty())
+                for (size_t i = first; i < last; ++i) update_row_responsibilities(i, &partial_[b * n_]);
+        });
+        std::vector<uint32_t> blocked;
+        for (size_t b = 0; b < blocks_; ++b)
+            if (!waiting_[b].empty()) blocked.push_back(static_cast<uint32_t>(b));
+        if (blocked.empty()) return;
+        std::vector<uint32_t> short_rows;
+        for (uint32_t b : blocked) short_rows.insert(short_rows.end(), waiting_[b].begin(), waiting_[b].end());
+        while (!short_rows.empty()) {
+            grow(short_rows);
+            std::vector<uint32_t> still;
+            for (uint32_t i : short_rows)
+                if (!scan(i)) still.push_back(i);
+            short_rows.swap(still);
+        }
+        team_.run(blocked.size(), [&](size_t q) {
+            const size_t b = blocked[q];
+            for (size_t i = b * n_ / blocks_; i < (b + 1) * n_ / blocks_; ++i) update_row_responsibilities(i, &partial_[b * n_]);
+        });
+    }
+
+    // Double the lists of these rows.
+    void grow(const std::vector<uint32_t> &short_rows) {
+        std::vector<std::vector<uint32_t>> by_length;  // rows whose lists grow to 2^power
+        for (uint32_t i : short_rows) {
+            size_t power = 0;
+            while ((size_t{1} << power) < 2 * static_cast<size_t>(rows_[i].length)) ++power;
+            if (by_length.size() <= power) by_length.resize(power + 1);
+            by_length[power].push_back(i);
+        }
+        for (size_t power = 0; power < by_length.size(); ++power) {
+            const auto &which = by_length[power];
+            if (which.empty()) continue;
+            source_.neighbours(which.data(), which.size(), size_t{1} << power, team_, memory_,
+                               [this](size_t i, const Neighbour *sorted, size_t length, float bound) {
+                                   Buffer<unsigned char> larger(memory_, length * ENTRY_BYTES);
+                                   set_row(i, larger.data(), sorted, length, bound);
+                                   grown_[i] = std::move(larger);
+                               });
+        }
+    }
+
+    // Column sums, the diagonal, the implied column values, and the exemplars. True if some point has changed its mind within
+    // the convergence window.
+    bool availabilities() {
+        const double damping = options_.damping, gain = 1 - damping;
+        const size_t chunks = (n_ + 4095) / 4096;
+        std::vector<size_t> count(chunks, 0);
+        std::vector<uint8_t> changing(chunks, 0);
+        team_.run(chunks, [&](size_t c) {
+            for (size_t k = c * 4096; k < std::min(n_, (c + 1) * 4096); ++k) {
+                double sum = 0;
+                for (size_t b = 0; b < blocks_; ++b) {
+                    sum += partial_[b * n_ + k];
+                    partial_[b * n_ + k] = 0;
+                }
+                a_self_[k] = damping * a_self_[k] + gain * sum;
+                column_sum_[k] = sum + r_self_[k];
+                column_[k] = damping * column_[k] + gain * std::min(0.0, column_sum_[k]);
+                const uint8_t exemplar = a_self_[k] + r_self_[k] > 0;
+                unchanged_[k] = exemplar == is_exemplar_[k] ? unchanged_[k] + 1 : 1;
+                is_exemplar_[k] = exemplar;
+                count[c] += exemplar;
+                changing[c] |= unchanged_[k] < options_.convergence_iter;
+            }
+        });
+        exemplar_count_ = std::accumulate(count.begin(), count.end(), size_t{0});
+        weight_ = damping * weight_ + gain;
+        return std::find(changing.begin(), changing.end(), 1) != changing.end();
+    }
+
+    std::vector<uint32_t> current_exemplars() const {
+        std::vector<uint32_t> exemplars;
+        for (size_t k = 0; k < n_; ++k)
+            if (is_exemplar_[k]) exemplars.push_back(static_cast<uint32_t>(k));
+        return exemplars;
+    }
+
+    // Each point to its most similar exemplar (equal: the lower), exemplars to themselves.
+    Clustering assigned(std::vector<uint32_t> exemplars) const {
+        Clustering c;
+        c.exemplars = std::move(exemplars);
+        c.label.assign(n_, NOBODY);
+        std::vector<uint8_t> chosen(n_, 0);
+        for (uint32_t e : c.exemplars) chosen[e] = 1;
+        Buffer<double> value(memory_, n_, 0.0);
+        team_.run((n_ + 255) / 256, [&](size_t block) {
+            for (size_t i = block * 256; i < std::min(n_, (block + 1) * 256); ++i) {
+                if (chosen[i]) {
+                    c.label[i] = static_cast<uint32_t>(i);
+                    value[i] = preference_[i];
+                    continue;
+                }
+                const Row &row = rows_[i];
+                size_t j = 0;
+                while (j < row.length && !chosen[row.id[j]]) ++j;
+                if (j < row.length && row.s[j] >= row.bound) {
+                    c.label[i] = row.id[j];
+                    value[i] = row.s[j];
+                } else if (row.bound > -std::numeric_limits<float>::infinity()) {
+                    double best = -std::numeric_limits<double>::infinity(), s;
+                    for (uint32_t e : c.exemplars)
+                        if (source_.similarity(i, e, &s) && s > best) best = s, c.label[i] = e;
+                    value[i] = best;
+                }
+            }
+        });
+        for (size_t i = 0; i < n_; ++i) {
+            c.net_similarity += value[i];
+            c.unassigned += c.label[i] == NOBODY;
+        }
+        return c;
+    }
+
+    // As scikit-learn's last step: each cluster's exemplar becomes the member that serves the cluster best, then all points
+    // choose again.
+    Clustering refined(const std::vector<uint32_t> &exemplars) const {
+        const Clustering first = assigned(exemplars);
+        std::vector<std::vector<uint32_t>> members(first.exemplars.size());
+        std::vector<uint32_t> position(n_, 0);
+        for (size_t c = 0; c < first.exemplars.size(); ++c) position[first.exemplars[c]] = static_cast<uint32_t>(c);
+        for (size_t i = 0; i < n_; ++i)
+            if (first.label[i] != NOBODY) members[position[first.label[i]]].push_back(static_cast<uint32_t>(i));
+        std::vector<uint32_t> better(members.size());
+        team_.run(members.size(), [&](size_t c) {
+            std::vector<double> scores(members[c].size());
+            source_.medoid_scores(members[c].data(), members[c].size(), scores.data());
+            double best = -std::numeric_limits<double>::infinity();
+            for (size_t j = 0; j < scores.size(); ++j) best = std::max(best, scores[j] += preference_[members[c][j]]);
+            // Members that serve equally well differ by rounding only; take the first of them.
+            size_t j = 0;
+            while (scores[j] < best - 1e-12 * std::fabs(best)) ++j;
+            better[c] = members[c][j];
+        });
+        std::sort(better.begin(), better.end());
+        return assigned(better);
+    }
+
+    const Source &source_;
+    const eimf_ap_options &options_;
+    Team &team_;
+    Memory &memory_;
+    size_t n_, blocks_ = 0;
+    const double *preference_;  // as given
+    std::vector<Row> rows_;
+    std::vector<Buffer<unsigned char>> grown_;  // what the rows point into
+    Buffer<double> p_;                          // preferences with ties decided
+    Buffer<double> best_, second_;
+    Buffer<size_t> arg_;
+    Buffer<double> level_, r_self_, a_self_, column_, column_sum_, partial_;
+    Buffer<uint8_t> is_exemplar_;
+    Buffer<uint32_t> unchanged_;
+    std::vector<std::vector<uint32_t>> waiting_;  // per block: rows whose list was too short
+    double weight_ = 0;
+    size_t exemplar_count_ = 0;
+};
+
+// ------------------------------------------------------------------------------------------------------- the C functions
+
+void check_options(const eimf_ap_options &o, size_t n, const double *preference, size_t n_preference) {
+    if (!(o.damping >= 0.5 && o.damping < 1)) fail(EIMF_ERROR_ARGUMENT, "damping is %g; expected 0.5 <= damping < 1", o.damping);
+    if (o.max_iter == 0 || o.convergence_iter == 0)
+        fail(EIMF_ERROR_ARGUMENT, "max_iter is %zu and convergence_iter is %zu; both must be at least 1", o.max_iter, o.convergence_iter);
+    if (n == 0) fail(EIMF_ERROR_ARGUMENT, "there are 0 points; expected at least 1");
+    if (n >= NOBODY) fail(EIMF_ERROR_ARGUMENT, "there are %zu points; at most %u are supported", n, NOBODY - 1);
+    if (n_preference != 1 && n_preference != n)
+        fail(EIMF_ERROR_ARGUMENT, "preference has %zu values; expected 1 or one for each of the %zu points", n_preference, n);
+    if (!preference) fail(EIMF_ERROR_ARGUMENT, "preference is NULL");
+    for (size_t i = 0; i < n_preference; ++i)
+        if (!(std::fabs(preference[i]) <= 1e38)) fail(EIMF_ERROR_ARGUMENT, "preference[%zu] is %g; expected a finite float32 number", i, preference[i]);
+}
+
+std::vector<double> expand(const double *preference, size_t n_preference, size_t n) {
+    return n_preference == 1 ? std::vector<double>(n, preference[0]) : std::vector<double>(preference, preference + n);
+}
+
+void write_result(const Clustering &c, const Memory &memory, int64_t *exemplars, int64_t *labels, eimf_ap_result *result) {
+    for (size_t e = 0; e < c.exemplars.size(); ++e) exemplars[e] = c.exemplars[e];
+    for (size_t i = 0; i < c.label.size(); ++i)
+        labels[i] = c.label[i] == NOBODY ? -1 : std::lower_bound(c.exemplars.begin(), c.exemplars.end(), c.label[i]) - c.exemplars.begin();
+    result->n_exemplars = c.exemplars.size();
+    result->net_similarity = c.net_similarity;
+    result->n_unassigned = c.unassigned;
+    result->peak_bytes = memory.peak();
+}
+
+// Which points are equal: representative[group] is the one with the highest preference (equal: the lowest index),
+// group_of[point] its group. Points with a positive preference are never merged: each is its own exemplar.
+void merge_equal(const float *x, size_t n, size_t d, const std::vector<double> &preference, std::vector<uint32_t> &group_of,
+                 std::vector<uint32_t> &representative, std::vector<uint32_t> &weight) {
+    std::vector<uint32_t> order(n);
+    std::iota(order.begin(), order.end(), 0u);
+    std::vector<uint64_t> hash(n);
+    for (size_t i = 0; i < n; ++i) {
+        uint64_t h = 0xcbf29ce484222325u;
+        for (size_t t = 0; t < d; ++t) {
+            const float value = x[i * d + t] + 0.0f;  // -0 equals 0
+            uint32_t bits;
+            std::memcpy(&bits, &value, 4);
+            h = (h ^ bits) * 0x9e3779b97f4a7c15u;
+            h ^= h >> 29;
+        }
+        hash[i] = h;
+    }
+    const auto equal = [&](uint32_t a, uint32_t b) {
+        for (size_t t = 0; t < d; ++t)
+            if (x[a * d + t] != x[b * d + t]) return false;
+        return true;
+    };
+    std::sort(order.begin(), order.end(), [&](uint32_t a, uint32_t b) { return hash[a] != hash[b] ? hash[a] < hash[b] : a < b; });
+    std::vector<uint32_t> head(n);  // the first point equal to this one
+    for (size_t at = 0; at < n;) {
+        size_t end = at;
+        while (end < n && hash[order[end]] == hash[order[at]]) ++end;
+        std::vector<uint32_t> heads;
+        for (; at < end; ++at) {
+            const uint32_t i = order[at];
+            head[i] = i;
+            if (preference[i] > 0) continue;
+            const auto same = std::find_if(heads.begin(), heads.end(), [&](uint32_t h) { return equal(h, i); });
+            if (same == heads.end()) heads.push_back(i);
+            else head[i] = *same;
+        }
+    }
+    group_of.assign(n, 0);
+    for (size_t i = 0; i < n; ++i) {
+        if (head[i] == i) {
+            group_of[i] = static_cast<uint32_t>(representative.size());
+            representative.push_back(static_cast<uint32_t>(i));
+            weight.push_back(1);
+            continue;
+        }
+        const uint32_t group = group_of[i] = group_of[head[i]];
+        ++weight[group];
+        if (preference[i] > preference[representative[group]]) representative[group] = static_cast<uint32_t>(i);
+    }
+}
+
+}  // namespace
+}  // namespace eimf
+
+using namespace eimf;
+
+extern "C" eimf_ap_options eimf_ap_defaults(void) {
+    eimf_ap_options options{};
+    options.damping = 0.5;
+    options.max_iter = 200;
+    options.convergence_iter = 15;
+    return options;
+}
+
+extern "C" size_t eimf_affinity_propagation_bytes(size_t n, size_t d) {
+    const double blocks = std::min<double>(32, static_cast<double>(n) / 512 + 1);
+    const double bytes = static_cast<double>(n) * (std::min<double>(FIRST_LENGTH, static_cast<double>(n)) * ENTRY_BYTES + 4.0 * static_cast<double>(d) +
+                                                   8 * blocks + 256) + (4 << 20);
+    return bytes < static_cast<double>(std::numeric_limits<size_t>::max()) ? static_cast<size_t>(bytes) : std::numeric_limits<size_t>::max();
+}
+
+extern "C" eimf_status eimf_affinity_propagation(const float *x, size_t n, size_t d, const double *preference, size_t n_preference,
+                                                 const eimf_ap_options *given, int64_t *exemplars, int64_t *labels,
+                                                 eimf_ap_result *result, eimf_error *error) {
+    return guarded(error, [&] {
+        const eimf_ap_options options = given ? *given : eimf_ap_defaults();
+        check_options(options, n, preference, n_preference);
+        if (d == 0 || !x) fail(EIMF_ERROR_ARGUMENT, "points have %zu dimensions; expected at least 1", d);
+        const double largest = largest_magnitude(x, n, d, "x");
+        if (largest * largest * 4 * static_cast<double>(d) * static_cast<double>(n) > 1e38)
+            fail(EIMF_ERROR_ARGUMENT, "squared distances could overflow float32 (largest component %.3g); scale the points down", largest);
+        const ScoreKernels *kernels = score_kernels(options.kernel);
+        if (!kernels) fail(EIMF_ERROR_ARGUMENT, "kernel %d is not available on this CPU", static_cast<int>(options.kernel));
+        *result = {};
+        Memory memory(options.allocator, options.memory_limit);
+        const std::vector<double> all = expand(preference, n_preference, n);
+        std::vector<uint32_t> group_of, representative, weight;
+        merge_equal(x, n, d, all, group_of, representative, weight);
+        std::vector<double> merged(representative.size());
+        for (size_t g = 0; g < merged.size(); ++g) merged[g] = all[representative[g]];
+
+        Team team(options.n_threads);
+        const Points points(x, d, representative, weight, kernels, memory);
+        Engine engine(points, merged.data(), options, team, memory);
+        const Clustering groups = engine.run(result);
+
+        Clustering c;
+        c.net_similarity = groups.net_similarity;
+        for (uint32_t e : groups.exemplars) c.exemplars.push_back(representative[e]);
+        std::sort(c.exemplars.begin(), c.exemplars.end());
+        for (size_t i = 0; i < n; ++i) c.label.push_back(representative[groups.label[group_of[i]]]);
+        write_result(c, memory, exemplars, labels, result);
+    });
+}
+
+extern "C" eimf_status eimf_affinity_propagation_precomputed(const float *s, size_t n, const double *preference, size_t n_preference,
+                                                             const eimf_ap_options *given, int64_t *exemplars, int64_t *labels,
+                                                             eimf_ap_result *result, eimf_error *error) {
+    return guarded(error, [&] {
+        const eimf_ap_options options = given ? *given : eimf_ap_defaults();
+        check_options(options, n, preference, n_preference);
+        checked_product(checked_product(n, n), sizeof(float));
+        if (!s) fail(EIMF_ERROR_ARGUMENT, "similarities are NULL");
+        largest_magnitude(s, n, n, "similarities");
+        *result = {};
+        Memory memory(options.allocator, options.memory_limit);
+        const std::vector<double> all = expand(preference, n_preference, n);
+        Team team(options.n_threads);
+        const Matrix matrix(s, n);
+        Engine engine(matrix, all.data(), options, team, memory);
+        write_result(engine.run(result), memory, exemplars, labels, result);
+    });
+}
+
+extern "C" eimf_status eimf_affinity_propagation_sparse(const int64_t *indptr, const int64_t *indices, const float *similarity,
+                                                        size_t n, const double *preference, size_t n_preference,
+                                                        const eimf_ap_options *given, int64_t *exemplars, int64_t *labels,
+                                                        eimf_ap_result *result, eimf_error *error) {
+    return guarded(error, [&] {
+        const eimf_ap_options options = given ? *given : eimf_ap_defaults();
+        check_options(options, n, preference, n_preference);
+        if (!indptr || indptr[0] != 0) fail(EIMF_ERROR_ARGUMENT, "indptr must begin with 0");
+        for (size_t i = 0; i < n; ++i)
+            if (indptr[i + 1] < indptr[i])
+                fail(EIMF_ERROR_ARGUMENT, "indptr falls from %lld to %lld at row %zu; it must not fall", static_cast<long long>(indptr[i]),
+                     static_cast<long long>(indptr[i + 1]), i);
+        if (indptr[n] > 0 && (!indices || !similarity)) fail(EIMF_ERROR_ARGUMENT, "indptr names %lld edges, but none are given", static_cast<long long>(indptr[n]));
+        std::vector<size_t> seen(n, 0);
+        for (size_t i = 0; i < n; ++i)
+            for (int64_t e = indptr[i]; e < indptr[i + 1]; ++e) {
+                if (indices[e] < 0 || static_cast<uint64_t>(indices[e]) >= n)
+                    fail(EIMF_ERROR_ARGUMENT, "indices[%lld] is %lld; expected a point from 0 to %zu", static_cast<long long>(e),
+                         static_cast<long long>(indices[e]), n - 1);
+                if (seen[indices[e]] == i + 1)
+                    fail(EIMF_ERROR_ARGUMENT, "row %zu names point %lld twice; expected each neighbour once", i, static_cast<long long>(indices[e]));
+                seen[indices[e]] = i + 1;
+            }
+        largest_magnitude(similarity, 1, static_cast<size_t>(indptr[n]), "similarity");
+        *result = {};
+        Memory memory(options.allocator, options.memory_limit);
+        const std::vector<double> all = expand(preference, n_preference, n);
+        Team team(options.n_threads);
+        const Graph graph(indptr, indices, similarity, n);
+        Engine engine(graph, all.data(), options, team, memory);
+        write_result(engine.run(result), memory, exemplars, labels, result);
+    });
+}

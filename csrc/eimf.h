@@ -1,0 +1,171 @@
+/* EIMF core: affinity propagation and multi-interest top-n scoring. Plain C99, no dependencies.
+ *
+ * Conventions
+ *  - Matrices are row-major and contiguous. Sizes are size_t. Inputs are read only and never kept after the call.
+ *  - Outputs are caller-owned buffers of the stated lengths, written completely when EIMF_OK is returned.
+ *  - Work memory comes from options.allocator (malloc/free by default) and is released before the call returns.
+ *  - No globals, no printing. Worker threads live only during a call. Functions may be called from any thread at once.
+ *  - Results do not depend on n_threads, bit for bit, nor on the instruction set that is chosen at run time.
+ *  - `error` may be NULL; otherwise it receives one sentence: what was found and what was expected.
+ */
+#ifndef EIMF_H
+#define EIMF_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define EIMF_VERSION "0.1.0"
+
+typedef enum eimf_status {
+    EIMF_OK = 0,
+    EIMF_ERROR_ARGUMENT = 1,    /* a size, pointer, index or value that cannot be used (NaN and infinities included) */
+    EIMF_ERROR_MEMORY = 2,      /* the allocator returned NULL, or memory_limit would be exceeded */
+    EIMF_ERROR_INTERRUPTED = 3, /* the progress callback asked to stop */
+    EIMF_ERROR_INTERNAL = 4     /* a bug in this library */
+} eimf_status;
+
+typedef struct eimf_error {
+    char message[320]; /* NUL-terminated; empty after success */
+} eimf_error;
+
+/* Where work memory comes from. All NULL: malloc and free. `allocate` returns memory aligned as malloc's, or NULL; it may
+ * be called from several threads at once. */
+typedef struct eimf_allocator {
+    void *(*allocate)(void *context, size_t bytes);
+    void (*release)(void *context, void *memory, size_t bytes);
+    void *context;
+} eimf_allocator;
+
+/* Instruction set of the scoring kernel. Every choice gives the same bits. */
+typedef enum eimf_kernel {
+    EIMF_KERNEL_AUTO = 0, /* the fastest one this CPU has */
+    EIMF_KERNEL_SCALAR = 1,
+    EIMF_KERNEL_AVX2 = 2, /* with FMA */
+    EIMF_KERNEL_AVX512 = 3,
+    EIMF_KERNEL_NEON = 4
+} eimf_kernel;
+
+/* "0.1.0" */
+const char *eimf_version(void);
+
+/* One fixed English phrase for a status. */
+const char *eimf_status_text(eimf_status status);
+
+/* Name of a kernel if this CPU can run it ("avx512", ...), else NULL. EIMF_KERNEL_AUTO names the one it stands for. */
+const char *eimf_kernel_name(eimf_kernel kernel);
+
+/* ---------------------------------------------------------------------------------------------------------------
+ * Affinity propagation (Frey and Dueck, Science 2007), with scikit-learn's damping, convergence window and final
+ * refinement of the exemplars.
+ *
+ *   r(i,k) <- damping r(i,k) + (1 - damping) (s(i,k) - max_{k' != k} (a(i,k') + s(i,k')))
+ *   a(i,k) <- damping a(i,k) + (1 - damping) min(0, r(k,k) + sum_{i' not in {i,k}} max(0, r(i',k)))      i != k
+ *   a(k,k) <- damping a(k,k) + (1 - damping) sum_{i' != k} max(0, r(i',k))
+ *
+ * s(k,k) is the preference of point k. k is an exemplar when a(k,k) + r(k,k) > 0. The run has converged when the set of
+ * exemplars is not empty and has not changed for `convergence_iter` iterations.
+ *
+ * Exact without any n x n array: a(i,k) <= 0 off the diagonal, so s(i,k) bounds a(i,k) + s(i,k). Each row keeps its nearest
+ * neighbours by falling similarity; a scan for the row's two best values stops where s(i,k) falls to the second best. Where a
+ * list proves too short it is doubled. Time per iteration is O(n x scanned neighbours), some 15 to 100 at usual preferences.
+ *
+ * Ties: equal points are collapsed first (one point with a weight; exact, since equal points share an exemplar unless their
+ * preference is positive). Other ties are decided by lowering the preference of point k by at most 2^-32 of its size, by an
+ * amount that depends on k only. No random numbers. If all similarities and all preferences are equal, the result is
+ * one cluster with exemplar 0, or n clusters when the preference exceeds the similarity (n_iter = 0), as scikit-learn's. If the
+ * preferences are so low that one cluster is provably the optimum, that is returned at once (n_iter = 0).
+ * --------------------------------------------------------------------------------------------------------------- */
+
+typedef struct eimf_ap_options {
+    double damping;          /* 0.5 <= damping < 1; default 0.5 */
+    size_t max_iter;         /* default 200, at least 1 */
+    size_t convergence_iter; /* default 15, at least 1 */
+    size_t n_threads;        /* 0 (default): all cores */
+    size_t memory_limit;     /* bytes of work memory; 0 (default): no limit */
+    eimf_kernel kernel;
+    /* Called on the calling thread after each iteration; a non-zero result stops the run with EIMF_ERROR_INTERRUPTED.
+     * iteration 0 is reported while neighbours are searched. NULL (default): none. */
+    int (*progress)(void *context, size_t iteration, size_t exemplars);
+    void *progress_context;
+    eimf_allocator allocator;
+} eimf_ap_options;
+
+typedef struct eimf_ap_result {
+    size_t n_exemplars;
+    size_t n_iter;         /* iterations done */
+    int converged;         /* 0: max_iter reached; the outputs then hold the best state of the last convergence_iter ones */
+    size_t n_unassigned;   /* sparse only: points without an edge to any exemplar, label -1 */
+    double net_similarity; /* sum of s(i, exemplar of i) over the others + sum of the exemplars' preferences */
+    size_t peak_bytes;     /* most work memory held at once */
+} eimf_ap_result;
+
+eimf_ap_options eimf_ap_defaults(void);
+
+/* Work memory of a run over n points of d dimensions as long as no neighbour list has to grow. SIZE_MAX on overflow. The
+ * lists grow to `growth` times that at most where preferences are very low. precomputed: d is ignored. */
+size_t eimf_affinity_propagation_bytes(size_t n, size_t d);
+
+/* Points x (n, d), similarity = minus squared Euclidean distance.
+ * preference: n_preference = 1 (the same for all) or n values.
+ * exemplars: room for n; the first n_exemplars are written, ascending. labels: n, positions in `exemplars`. */
+eimf_status eimf_affinity_propagation(const float *x, size_t n, size_t d, const double *preference, size_t n_preference,
+                                      const eimf_ap_options *options, int64_t *exemplars, int64_t *labels,
+                                      eimf_ap_result *result, eimf_error *error);
+
+/* The same on given similarities s (n, n), s[i * n + k] = how well k serves as the exemplar of i. The diagonal is ignored. */
+eimf_status eimf_affinity_propagation_precomputed(const float *s, size_t n, const double *preference, size_t n_preference,
+                                                  const eimf_ap_options *options, int64_t *exemplars, int64_t *labels,
+                                                  eimf_ap_result *result, eimf_error *error);
+
+/* The same on a CSR graph: row i's candidate exemplars are indices[indptr[i] .. indptr[i+1]) with their similarities; all
+ * other pairs count as minus infinity. Entries on the diagonal are ignored, repeated ones are an error. O(edges) per
+ * iteration at most. A point that no edge connects to an exemplar gets label -1 and is counted in n_unassigned. */
+eimf_status eimf_affinity_propagation_sparse(const int64_t *indptr, const int64_t *indices, const float *similarity, size_t n,
+                                             const double *preference, size_t n_preference, const eimf_ap_options *options,
+                                             int64_t *exemplars, int64_t *labels, eimf_ap_result *result, eimf_error *error);
+
+/* ---------------------------------------------------------------------------------------------------------------
+ * Multi-interest retrieval: the n items with the highest score, where
+ *
+ *   score(b, i) = max_k  interests[b, k] . items[i]
+ *
+ * Exact. Scores are accumulated in float32 with fused multiply-adds in the order of the dimensions. Items with equal scores are ranked by
+ * lower id, equal interests by lower k. No B x N array is made: work memory is under 2 MB per thread (more only for n above
+ * some ten thousands). Time O(B N K D).
+ * --------------------------------------------------------------------------------------------------------------- */
+
+typedef struct eimf_top_n_options {
+    size_t n_threads;               /* 0 (default): all cores */
+    const int64_t *exclude_indptr;  /* (B + 1) or NULL (default): user b must not get exclude_indices[indptr[b] .. indptr[b+1]) */
+    const int64_t *exclude_indices; /* item ids in any order, repeats allowed */
+    const uint8_t *allowed;         /* (N) or NULL (default): items with 0 are never returned */
+    eimf_kernel kernel;
+    eimf_allocator allocator;
+} eimf_top_n_options;
+
+eimf_top_n_options eimf_top_n_defaults(void);
+
+/* interests (B, K, D), items (N, D), all finite. Outputs (B, n): item ids by falling score, their scores, the winning
+ * interest. Where fewer than n items remain: id -1, score -infinity, interest -1. */
+eimf_status eimf_top_n(const float *interests, size_t users, size_t n_interests, size_t dim, const float *items, size_t n_items,
+                       size_t n, const eimf_top_n_options *options, int64_t *ids, float *scores, int32_t *interest,
+                       eimf_error *error);
+
+/* The same by the plain loop: the reference that tests compare with, bit for bit. Uses no options but exclusions. */
+eimf_status eimf_top_n_reference(const float *interests, size_t users, size_t n_interests, size_t dim, const float *items,
+                                 size_t n_items, size_t n, const eimf_top_n_options *options, int64_t *ids, float *scores,
+                                 int32_t *interest, eimf_error *error);
+
+/* Affinity propagation by the textbook loops on three n x n double arrays; the reference for the functions above. */
+eimf_status eimf_affinity_propagation_reference(const float *s, size_t n, const double *preference, size_t n_preference,
+                                                const eimf_ap_options *options, int64_t *exemplars, int64_t *labels,
+                                                eimf_ap_result *result, eimf_error *error);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

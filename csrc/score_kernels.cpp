@@ -1,0 +1,110 @@
+#include "score_kernels.hpp"
+
+#include <cmath>
+
+// Only inside the push/pop blocks may the wider instructions be used, and nothing from the standard library may be
+// instantiated there: the linker could keep that copy for code that runs on any CPU.
+#if defined(__GNUC__) && !defined(__clang__)
+#define EIMF_PRAGMA(x) _Pragma(#x)
+#define EIMF_TARGET_BEGIN(names) EIMF_PRAGMA(GCC push_options) EIMF_PRAGMA(GCC target(names))
+#define EIMF_TARGET_END EIMF_PRAGMA(GCC pop_options)
+#elif defined(__clang__)
+#define EIMF_PRAGMA(x) _Pragma(#x)
+#define EIMF_TARGET_BEGIN(names) EIMF_PRAGMA(clang attribute push(__attribute__((target(names))), apply_to = function))
+#define EIMF_TARGET_END _Pragma("clang attribute pop")
+#endif
+
+#if defined(__x86_64__) && defined(EIMF_TARGET_BEGIN)
+#define EIMF_X86 1
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#define EIMF_ARM 1
+#include <arm_neon.h>
+#endif
+
+namespace eimf {
+
+namespace scalar {
+#define VEC float
+#define LANES 1
+#define ROWS 4
+#define LOAD(p) (*(p))
+#define STORE(p, x) (*(p) = (x))
+#define SPREAD(x) (x)
+#define FMA(a, b, c) std::fma(a, b, c)
+#define MAX(a, b) ((a) > (b) ? (a) : (b))
+#define ABOVE(x, y) ((x) > (y))
+#include "score_kernels.inc"
+}  // namespace scalar
+
+#if EIMF_X86
+namespace avx2 {
+EIMF_TARGET_BEGIN("avx2,fma")
+#define VEC __m256
+#define LANES 8
+#define ROWS 4
+#define LOAD(p) _mm256_loadu_ps(p)
+#define STORE(p, x) _mm256_storeu_ps(p, x)
+#define SPREAD(x) _mm256_set1_ps(x)
+#define FMA(a, b, c) _mm256_fmadd_ps(a, b, c)
+#define MAX(a, b) _mm256_max_ps(a, b)
+#define ABOVE(x, y) static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(x, y, _CMP_GT_OQ)))
+#include "score_kernels.inc"
+EIMF_TARGET_END
+}  // namespace avx2
+
+namespace avx512 {
+EIMF_TARGET_BEGIN("avx512f")
+#define VEC __m512
+#define LANES 16
+#define ROWS 8
+#define LOAD(p) _mm512_loadu_ps(p)
+#define STORE(p, x) _mm512_storeu_ps(p, x)
+#define SPREAD(x) _mm512_set1_ps(x)
+#define FMA(a, b, c) _mm512_fmadd_ps(a, b, c)
+// A blend, not _mm512_max_ps: GCC 12 warns of an uninitialised value inside that one's header.
+#define MAX(a, b) _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), b, a)
+#define ABOVE(x, y) _mm512_cmp_ps_mask(x, y, _CMP_GT_OQ)
+#include "score_kernels.inc"
+EIMF_TARGET_END
+}  // namespace avx512
+#endif
+
+#if EIMF_ARM
+namespace neon {
+static inline unsigned above(float32x4_t x, float32x4_t y) {
+    const uint32x4_t bits = {1, 2, 4, 8};
+    return vaddvq_u32(vandq_u32(vcgtq_f32(x, y), bits));
+}
+#define VEC float32x4_t
+#define LANES 4
+#define ROWS 8
+#define LOAD(p) vld1q_f32(p)
+#define STORE(p, x) vst1q_f32(p, x)
+#define SPREAD(x) vdupq_n_f32(x)
+#define FMA(a, b, c) vfmaq_f32(c, a, b)
+#define MAX(a, b) vmaxq_f32(a, b)
+#define ABOVE(x, y) above(x, y)
+#include "score_kernels.inc"
+}  // namespace neon
+#endif
+
+const ScoreKernels *score_kernels(eimf_kernel kernel) {
+    static const ScoreKernels scalar_version{"scalar", scalar::WIDTH, 4, scalar::tile, scalar::best, scalar::pack};
+#if EIMF_X86
+    static const ScoreKernels avx2_version{"avx2", avx2::WIDTH, 4, avx2::tile, avx2::best, avx2::pack};
+    static const ScoreKernels avx512_version{"avx512", avx512::WIDTH, 8, avx512::tile, avx512::best, avx512::pack};
+    __builtin_cpu_init();
+    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool has_avx512 = __builtin_cpu_supports("avx512f");
+    if (kernel == EIMF_KERNEL_AVX512 || (kernel == EIMF_KERNEL_AUTO && has_avx512)) return has_avx512 ? &avx512_version : nullptr;
+    if (kernel == EIMF_KERNEL_AVX2 || (kernel == EIMF_KERNEL_AUTO && has_avx2)) return has_avx2 ? &avx2_version : nullptr;
+#endif
+#if EIMF_ARM
+    static const ScoreKernels neon_version{"neon", neon::WIDTH, 8, neon::tile, neon::best, neon::pack};
+    if (kernel == EIMF_KERNEL_AUTO || kernel == EIMF_KERNEL_NEON) return &neon_version;
+#endif
+    return kernel == EIMF_KERNEL_AUTO || kernel == EIMF_KERNEL_SCALAR ? &scalar_version : nullptr;
+}
+
+}  // namespace eimf

@@ -1,0 +1,263 @@
+#include "top_n.hpp"
+
+#include <algorithm>
+
+namespace eimf {
+namespace {
+
+// A user's candidates: the best n seen so far are among `keys`; nothing at or below `threshold` can enter.
+struct Candidates {
+    RankKey *keys;
+    size_t count;
+    float threshold;
+};
+
+void keep_best(Candidates &candidates, size_t n) {
+    if (candidates.count <= n) return;
+    std::nth_element(candidates.keys, candidates.keys + (n - 1), candidates.keys + candidates.count, std::greater<RankKey>());
+    candidates.count = n;
+    // Items come by rising id, so a later one with the same score ranks behind the n kept.
+    candidates.threshold = key_score(candidates.keys[n - 1]);
+}
+
+constexpr size_t BLOCK_BYTES = 512 << 10;  // query rows, and candidates, of one block of users: each fits the L2 cache
+
+size_t users_per_block(const TopNProblem &p, size_t capacity) {
+    const size_t by_rows = BLOCK_BYTES / (p.k * p.d * sizeof(float)), by_keys = BLOCK_BYTES / (capacity * sizeof(RankKey));
+    return std::max<size_t>(1, std::min<size_t>({256, by_rows, by_keys}));
+}
+
+void search_block(const TopNProblem &p, size_t first_user, size_t last_user, size_t capacity, Memory &memory) {
+    const ScoreKernels &kernels = *p.kernels;
+    const size_t width = kernels.width, users = last_user - first_user;
+    const size_t users_per_tile = std::max<size_t>(1, kernels.rows / p.k);
+
+    Buffer<float> queries(memory, users * p.k * p.d);
+    Buffer<float> panel(memory, width * p.d);
+    Buffer<float> scores(memory, std::max(kernels.rows, p.k) * width);
+    Buffer<RankKey> keys(memory, users * capacity);
+    Buffer<Candidates> candidates(memory, users);
+    for (size_t u = 0; u < users; ++u) {
+        std::copy_n(p.rows(first_user + u), p.k * p.d, &queries[u * p.k * p.d]);
+        candidates[u] = {&keys[u * capacity], 0, -std::numeric_limits<float>::infinity()};
+    }
+
+    float bias[64], best[64];
+    const float *item[64];
+    uint32_t id[64];
+    for (size_t next = 0; next < p.n_items;) {
+        size_t filled = 0;
+        for (; next < p.n_items && filled < width; ++next) {
+            if (p.allowed && !p.allowed[next]) continue;
+            item[filled] = p.items + next * p.d;
+            bias[filled] = p.bias ? p.bias[next] : 0.0f;
+            id[filled++] = static_cast<uint32_t>(next);
+        }
+        if (filled == 0) break;
+        std::fill(bias + filled, bias + width, 0.0f);
+        kernels.pack(item, filled, p.d, panel.data());
+        const uint64_t valid = filled == 64 ? ~uint64_t{0} : (uint64_t{1} << filled) - 1;
+
+        for (size_t u = 0; u < users; u += users_per_tile) {
+            const size_t here = std::min(users_per_tile, users - u), rows = here * p.k;
+            const float *query = &queries[u * p.k * p.d];
+            for (size_t r = 0; r < rows; r += kernels.rows)
+                kernels.tile(panel.data(), bias, query + r * p.d, std::min(kernels.rows, rows - r), p.d, &scores[r * width]);
+            for (size_t v = 0; v < here; ++v) {
+                Candidates &mine = candidates[u + v];
+                uint64_t mask = kernels.best(&scores[v * p.k * width], p.k, mine.threshold, best) & valid;
+                if (!mask) continue;
+                if (mine.count + width > capacity) {
+                    keep_best(mine, p.n);
+                }
+                for (; mask; mask &= mask - 1) {
+                    const unsigned j = static_cast<unsigned>(__builtin_ctzll(mask));
+                    if (best[j] > mine.threshold && (!p.accepts || p.accepts(first_user + u + v, id[j])))
+                        mine.keys[mine.count++] = rank_key(best[j], id[j]);
+                }
+            }
+        }
+    }
+    for (size_t u = 0; u < users; ++u) {
+        Candidates &mine = candidates[u];
+        keep_best(mine, p.n);
+        std::sort(mine.keys, mine.keys + mine.count, std::greater<RankKey>());
+        p.result(first_user + u, mine.keys, mine.count);
+    }
+}
+
+}  // namespace
+
+void top_n(const TopNProblem &p, Team &team, Memory &memory) {
+    const size_t n = std::min(p.n, p.n_items);
+    if (p.users == 0) return;
+    if (n == 0) {
+        for (size_t u = 0; u < p.users; ++u) p.result(u, nullptr, 0);
+        return;
+    }
+    TopNProblem problem = p;
+    problem.n = n;
+    const size_t capacity = 2 * n + 2 * p.kernels->width;
+    const size_t block = std::min(users_per_block(problem, capacity), (p.users + team.size() - 1) / team.size());
+    team.run((p.users + block - 1) / block, [&](size_t b) {
+        search_block(problem, b * block, std::min(p.users, (b + 1) * block), capacity, memory);
+    });
+}
+
+float largest_magnitude(const float *values, size_t rows, size_t columns, const char *what) {
+    // The bits of magnitudes order as integers do, with infinity and NaN above all finite numbers.
+    constexpr int32_t infinity = 0x7f800000;
+    int32_t largest = 0;
+    for (size_t i = 0; i < rows; ++i) {
+        const float *row = values + i * columns;
+        int32_t top = 0;
+        for (size_t j = 0; j < columns; ++j) {
+            int32_t bits;
+            std::memcpy(&bits, row + j, 4);
+            top = std::max(top, bits & 0x7fffffff);
+        }
+        for (size_t j = 0; top >= infinity && j < columns; ++j)
+            if (!std::isfinite(row[j]))
+                fail(EIMF_ERROR_ARGUMENT, "%s: found %s in row %zu, column %zu; expected finite numbers", what,
+                     std::isnan(row[j]) ? "NaN" : "an infinity", i, j);
+        largest = std::max(largest, top);
+    }
+    float magnitude;
+    std::memcpy(&magnitude, &largest, 4);
+    return magnitude;
+}
+
+namespace {
+
+struct Request {
+    const float *interests;
+    size_t users, k, d;
+    const float *items;
+    size_t n_items, n;
+    eimf_top_n_options options;
+};
+
+void check(const Request &q) {
+    if (q.k == 0 || q.d == 0) fail(EIMF_ERROR_ARGUMENT, "interests have shape (%zu, %zu, %zu); K and D must be at least 1", q.users, q.k, q.d);
+    if (q.n_items >= std::numeric_limits<uint32_t>::max())
+        fail(EIMF_ERROR_ARGUMENT, "%zu items; at most %u are supported", q.n_items, std::numeric_limits<uint32_t>::max() - 1);
+    if (q.k > std::numeric_limits<int32_t>::max()) fail(EIMF_ERROR_ARGUMENT, "%zu interests per user are too many", q.k);
+    checked_product(checked_product(q.users, checked_product(q.k, q.d)), sizeof(float));
+    checked_product(checked_product(q.n_items, q.d), sizeof(float));
+    checked_product(checked_product(q.users, q.n), sizeof(int64_t));
+    if ((q.users && !q.interests) || (q.n_items && !q.items)) fail(EIMF_ERROR_ARGUMENT, "a NULL pointer was given for a non-empty array");
+    const double largest = static_cast<double>(largest_magnitude(q.interests, q.users, q.k * q.d, "interests")) *
+                           largest_magnitude(q.items, q.n_items, q.d, "items");
+    if (largest * static_cast<double>(q.d) > 1e38)
+        fail(EIMF_ERROR_ARGUMENT, "scores could overflow float32 (largest product of two components %.3g, D = %zu); scale the vectors down",
+             largest, q.d);
+    const int64_t *indptr = q.options.exclude_indptr, *indices = q.options.exclude_indices;
+    if (!indptr) {
+        if (indices) fail(EIMF_ERROR_ARGUMENT, "exclude_indices is given without exclude_indptr");
+        return;
+    }
+    if (indptr[0] != 0) fail(EIMF_ERROR_ARGUMENT, "exclude_indptr[0] is %lld; expected 0", static_cast<long long>(indptr[0]));
+    for (size_t u = 0; u < q.users; ++u)
+        if (indptr[u + 1] < indptr[u]) fail(EIMF_ERROR_ARGUMENT, "exclude_indptr falls from %lld to %lld at user %zu; it must not fall",
+                                            static_cast<long long>(indptr[u]), static_cast<long long>(indptr[u + 1]), u);
+    if (indptr[q.users] > 0 && !indices) fail(EIMF_ERROR_ARGUMENT, "exclude_indptr is given without exclude_indices");
+    for (int64_t e = 0; e < indptr[q.users]; ++e)
+        if (indices[e] < 0 || static_cast<uint64_t>(indices[e]) >= q.n_items)
+            fail(EIMF_ERROR_ARGUMENT, "exclude_indices[%lld] is %lld; expected an item id from 0 to %lld", static_cast<long long>(e),
+                 static_cast<long long>(indices[e]), static_cast<long long>(q.n_items) - 1);
+}
+
+// Score of one item for one user and the first interest that reaches it, by the definition.
+std::pair<float, int32_t> score_of(const float *interests, size_t k, const float *item, size_t d) {
+    std::pair<float, int32_t> best{-std::numeric_limits<float>::infinity(), -1};
+    for (size_t i = 0; i < k; ++i) {
+        float sum = 0;
+        for (size_t t = 0; t < d; ++t) sum = std::fma(interests[i * d + t], item[t], sum);
+        if (sum > best.first) best = {sum, static_cast<int32_t>(i)};
+    }
+    return best;
+}
+
+void pad(size_t from, size_t n, int64_t *ids, float *scores, int32_t *interest) {
+    for (size_t j = from; j < n; ++j) {
+        ids[j] = -1;
+        scores[j] = -std::numeric_limits<float>::infinity();
+        interest[j] = -1;
+    }
+}
+
+}  // namespace
+}  // namespace eimf
+
+using namespace eimf;
+
+extern "C" eimf_top_n_options eimf_top_n_defaults(void) { return eimf_top_n_options{}; }
+
+extern "C" eimf_status eimf_top_n(const float *interests, size_t users, size_t n_interests, size_t dim, const float *items,
+                                  size_t n_items, size_t n, const eimf_top_n_options *options, int64_t *ids, float *scores,
+                                  int32_t *interest, eimf_error *error) {
+    return guarded(error, [&] {
+        const Request q{interests, users, n_interests, dim, items, n_items, n, options ? *options : eimf_top_n_defaults()};
+        check(q);
+        const ScoreKernels *kernels = score_kernels(q.options.kernel);
+        if (!kernels) fail(EIMF_ERROR_ARGUMENT, "kernel %d is not available on this CPU", static_cast<int>(q.options.kernel));
+        Memory memory(q.options.allocator, 0);
+        const int64_t *indptr = q.options.exclude_indptr;
+        const size_t n_excluded = indptr ? static_cast<size_t>(indptr[users]) : 0;
+        Buffer<uint32_t> excluded(memory, n_excluded);  // each user's, ascending
+        for (size_t e = 0; e < n_excluded; ++e) excluded[e] = static_cast<uint32_t>(q.options.exclude_indices[e]);
+        for (size_t u = 0; n_excluded && u < users; ++u) std::sort(&excluded[indptr[u]], &excluded[indptr[u + 1]]);
+
+        TopNProblem problem{kernels, items, n_items, dim, nullptr, q.options.allowed, users, n_interests, n, {}, {}, {}};
+        problem.rows = [&](size_t user) { return interests + user * n_interests * dim; };
+        if (n_excluded)
+            problem.accepts = [&](size_t user, uint32_t id) {
+                return !std::binary_search(&excluded[indptr[user]], &excluded[indptr[user + 1]], id);
+            };
+        problem.result = [&](size_t user, const RankKey *keys, size_t count) {
+            for (size_t j = 0; j < count; ++j) {
+                const size_t at = user * n + j;
+                ids[at] = key_id(keys[j]);
+                scores[at] = key_score(keys[j]);
+                interest[at] = score_of(interests + user * n_interests * dim, n_interests, items + key_id(keys[j]) * dim, dim).second;
+            }
+            pad(count, n, ids + user * n, scores + user * n, interest + user * n);
+        };
+        Team team(std::min(q.options.n_threads ? q.options.n_threads : std::thread::hardware_concurrency(), users));
+        top_n(problem, team, memory);
+    });
+}
+
+extern "C" eimf_status eimf_top_n_reference(const float *interests, size_t users, size_t n_interests, size_t dim,
+                                            const float *items, size_t n_items, size_t n, const eimf_top_n_options *options,
+                                            int64_t *ids, float *scores, int32_t *interest, eimf_error *error) {
+    return guarded(error, [&] {
+        const Request q{interests, users, n_interests, dim, items, n_items, n, options ? *options : eimf_top_n_defaults()};
+        check(q);
+        for (size_t u = 0; u < users; ++u) {
+            struct Entry {
+                float score;
+                int32_t interest;
+                size_t id;
+            };
+            std::vector<Entry> all;
+            for (size_t i = 0; i < n_items; ++i) {
+                bool excluded = q.options.allowed && !q.options.allowed[i];
+                if (q.options.exclude_indptr)
+                    for (int64_t e = q.options.exclude_indptr[u]; e < q.options.exclude_indptr[u + 1]; ++e)
+                        excluded |= static_cast<size_t>(q.options.exclude_indices[e]) == i;
+                if (excluded) continue;
+                const auto score = score_of(interests + u * n_interests * dim, n_interests, items + i * dim, dim);
+                all.push_back({score.first, score.second, i});
+            }
+            std::stable_sort(all.begin(), all.end(), [](const Entry &a, const Entry &b) { return a.score > b.score; });
+            const size_t count = std::min(n, all.size());
+            for (size_t j = 0; j < count; ++j) {
+                ids[u * n + j] = static_cast<int64_t>(all[j].id);
+                scores[u * n + j] = all[j].score + 0.0f;
+                interest[u * n + j] = all[j].interest;
+            }
+            pad(count, n, ids + u * n, scores + u * n, interest + u * n);
+        }
+    });
+}

@@ -1,0 +1,53 @@
+// Exact top-n of a maximum over inner products, shared by eimf_top_n and the neighbour search of affinity propagation.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+
+#include "common.hpp"
+#include "score_kernels.hpp"
+
+namespace eimf {
+
+// A score and an item id in one integer: greater means ranked earlier (higher score, then lower id).
+using RankKey = uint64_t;
+
+inline RankKey rank_key(float score, uint32_t id) {
+    score += 0.0f;  // -0 ranks as 0
+    uint32_t bits;
+    std::memcpy(&bits, &score, 4);
+    bits = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+    return static_cast<uint64_t>(bits) << 32 | static_cast<uint32_t>(~id);
+}
+inline float key_score(RankKey key) {
+    uint32_t bits = static_cast<uint32_t>(key >> 32);
+    bits = bits & 0x80000000u ? bits & 0x7fffffffu : ~bits;
+    float score;
+    std::memcpy(&score, &bits, 4);
+    return score;
+}
+inline uint32_t key_id(RankKey key) { return ~static_cast<uint32_t>(key); }
+
+struct TopNProblem {
+    const ScoreKernels *kernels;
+    const float *items;      // (n_items, d)
+    size_t n_items, d;
+    const float *bias;       // (n_items) added to every score of an item, or nullptr
+    const uint8_t *allowed;  // (n_items) or nullptr
+    size_t users, k;         // a user has k query rows
+    size_t n;                // how many to find
+
+    // (k, d) query rows of a user.
+    std::function<const float *(size_t user)> rows;
+    // May item `id` be given to `user`? Asked only of items that would enter the list. Empty: all may.
+    std::function<bool(size_t user, uint32_t id)> accepts;
+    // The result: up to n keys, best first. Called on worker threads, once per user.
+    std::function<void(size_t user, const RankKey *keys, size_t count)> result;
+};
+
+void top_n(const TopNProblem &problem, Team &team, Memory &memory);
+
+// Fails unless all values are finite; returns their largest magnitude. `what` names the array in the message.
+float largest_magnitude(const float *values, size_t rows, size_t columns, const char *what);
+
+}  // namespace eimf

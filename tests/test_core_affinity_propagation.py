@@ -1,0 +1,365 @@
+"""eimf_core.affinity_propagation against scikit-learn and against the plain loops."""
+import itertools
+import signal
+import threading
+import time
+import warnings
+
+import eimf_core
+import numpy as np
+import pytest
+from sklearn.cluster import affinity_propagation as sklearn_affinity_propagation
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.metrics import euclidean_distances
+
+
+def blobs(seed, n, d, centres=15, spread=1.0):
+    rng = np.random.default_rng(seed)
+    return (3 * rng.standard_normal((centres, d))[rng.integers(0, centres, n)] + spread * rng.standard_normal((n, d))).astype(np.float32)
+
+
+def similarities(x):
+    return -euclidean_distances(x.astype(np.float64), squared=True)
+
+
+def oracle(s, preference, **options):
+    """scikit-learn's (exemplars, labels, iterations) on float64 similarities."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ConvergenceWarning)
+        return sklearn_affinity_propagation(s.copy(), preference=preference, return_n_iter=True, random_state=0, **options)
+
+
+def net_similarity(s, preference, exemplars, labels):
+    members = np.setdiff1d(np.arange(len(s)), exemplars)
+    return s[members, exemplars[labels[members]]].sum() + np.broadcast_to(preference, len(s))[exemplars].sum()
+
+
+def check_shape_of(result, n):
+    """What must hold for every result."""
+    assert result.exemplars.dtype == result.labels.dtype == np.int64
+    assert (np.diff(result.exemplars) > 0).all() and len(result.labels) == n
+    np.testing.assert_array_equal(result.labels[result.exemplars], np.arange(len(result.exemplars)))
+
+
+def assert_same_clusters(result, exemplars, labels):
+    """Equal partitions and exemplars, but either member of a pair may be its exemplar: both serve equally, scikit-learn draws."""
+    sizes = np.bincount(labels)
+    free = np.isin(labels, np.flatnonzero(sizes == 2))
+    np.testing.assert_array_equal(np.setdiff1d(result.exemplars, np.flatnonzero(free)), np.setdiff1d(exemplars, np.flatnonzero(free)))
+    canonical = [np.unique(part, return_index=True)[1][part] for part in (result.labels, labels)]  # cluster -> its first member
+    np.testing.assert_array_equal(*canonical)
+
+
+@pytest.mark.parametrize("n, d, quantile, damping", [
+    (60, 2, 0.5, 0.5), (60, 1, 0.5, 0.5), (300, 7, 0.5, 0.5), (500, 16, 0.1, 0.7), (500, 65, 0.5, 0.9), (900, 4, 0.01, 0.8), (900, 33, 0.6, 0.5)])
+def test_equals_scikit_learn(n, d, quantile, damping):
+    x = blobs(n + d, n, d)
+    s = similarities(x)
+    preference = float(np.quantile(s, quantile))
+    exemplars, labels, iterations = oracle(s, preference, damping=damping, max_iter=500)
+    for result in (eimf_core.affinity_propagation(x, preference, damping=damping, max_iter=500),
+                   eimf_core.affinity_propagation(s.astype(np.float32), preference, damping=damping, max_iter=500, precomputed=True)):
+        check_shape_of(result, n)
+        assert result.converged and result.n_iter == iterations
+        assert_same_clusters(result, exemplars, labels)
+        assert result.net_similarity == pytest.approx(net_similarity(s, preference, exemplars, labels), rel=1e-5)
+
+
+def test_equals_scikit_learn_with_lists_that_must_grow():
+    """n above the length of the stored neighbour lists, few large clusters: rows are scanned past their first 64 neighbours."""
+    x = blobs(5, 1200, 6, centres=4)
+    s = similarities(x)
+    for preference in (-400.0, -3000.0):
+        exemplars, labels, iterations = oracle(s, preference, damping=0.7)
+        result = eimf_core.affinity_propagation(x, preference, damping=0.7)
+        assert 1 < len(exemplars) < 20 and result.n_iter == iterations
+        np.testing.assert_array_equal(result.exemplars, exemplars)
+        np.testing.assert_array_equal(result.labels, labels)
+
+
+def test_preference_per_point():
+    x = blobs(6, 250, 5)
+    s = similarities(x)
+    preference = np.random.default_rng(0).uniform(-300, -20, 250)
+    exemplars, labels, _ = oracle(s, preference, damping=0.6)
+    for given in (preference, preference.astype(np.float32)):
+        result = eimf_core.affinity_propagation(x, given, damping=0.6)
+        np.testing.assert_array_equal(result.exemplars, exemplars)
+        np.testing.assert_array_equal(result.labels, labels)
+
+
+def test_asymmetric_similarities_with_positive_values():
+    s = np.random.default_rng(1).standard_normal((180, 180))
+    exemplars, labels, iterations = oracle(s, -1.0, damping=0.8, max_iter=1000)
+    result = eimf_core.affinity_propagation(s.astype(np.float32), -1.0, damping=0.8, max_iter=1000, precomputed=True)
+    np.testing.assert_array_equal(result.exemplars, exemplars)
+    np.testing.assert_array_equal(result.labels, labels)
+    assert result.n_iter == iterations
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_equals_the_plain_loops(seed):
+    rng = np.random.default_rng(seed)
+    s = -rng.random((70, 70)).astype(np.float32)
+    preference = -rng.random(70)
+    reference = eimf_core._affinity_propagation_reference(s, preference, damping=0.75, max_iter=400)
+    result = eimf_core.affinity_propagation(s, preference, damping=0.75, max_iter=400, precomputed=True)
+    assert reference.converged and result.n_iter == reference.n_iter
+    np.testing.assert_array_equal(result.labels, reference.labels)
+    np.testing.assert_array_equal(result.exemplars, reference.exemplars)
+    assert result.net_similarity == pytest.approx(reference.net_similarity, rel=1e-6)
+
+
+def test_same_bits_for_all_thread_counts():
+    x = blobs(2, 3000, 12, centres=40)
+    runs = [eimf_core.affinity_propagation(x, -60.0, n_threads=t) for t in (1, 2, 7, 1)]
+    for run in runs[1:]:
+        np.testing.assert_array_equal(run.exemplars, runs[0].exemplars)
+        np.testing.assert_array_equal(run.labels, runs[0].labels)
+        assert (run.n_iter, run.net_similarity) == (runs[0].n_iter, runs[0].net_similarity)
+
+
+def test_one_and_two_points():
+    for points in ([[1.0, 2.0]], [[0.0, 0.0]]):
+        result = eimf_core.affinity_propagation(np.array(points, np.float32), -5)
+        assert (result.exemplars.tolist(), result.labels.tolist(), result.converged) == ([0], [0], True)
+    two = np.array([[0.0], [2.0]], np.float32)  # similarity -4
+    below, above = eimf_core.affinity_propagation(two, -5), eimf_core.affinity_propagation(two, -3)
+    assert (below.exemplars.tolist(), below.labels.tolist()) == ([0], [0, 0])
+    assert (above.exemplars.tolist(), above.labels.tolist()) == ([0, 1], [0, 1])
+    assert (below.net_similarity, above.net_similarity) == (-9, -6)
+
+
+def test_all_similarities_equal():
+    one_hot = np.eye(120, dtype=np.float32)  # every similarity is -2
+    below, above = eimf_core.affinity_propagation(one_hot, -3), eimf_core.affinity_propagation(one_hot, -1)
+    assert below.exemplars.tolist() == [0] and (below.labels == 0).all() and below.converged
+    np.testing.assert_array_equal(above.labels, np.arange(120))
+    s = np.full((30, 30), -2, np.float32)
+    assert eimf_core.affinity_propagation(s, -3, precomputed=True).exemplars.tolist() == [0]
+    assert len(eimf_core.affinity_propagation(s, -1, precomputed=True).exemplars) == 30
+
+
+def test_all_points_equal():
+    x = np.ones((50, 4), np.float32)
+    result = eimf_core.affinity_propagation(x, -1)
+    assert result.exemplars.tolist() == [0] and (result.labels == 0).all() and result.converged and result.net_similarity == -1
+    assert len(eimf_core.affinity_propagation(x, 1).exemplars) == 50  # a positive preference: each its own
+
+
+def best_net_similarity(s, preference, candidates):
+    """The optimum by trying every set of exemplars among `candidates`."""
+    everyone = np.arange(len(s))
+    return max(s[:, chosen].max(axis=1)[np.setdiff1d(everyone, chosen)].sum() + preference * len(chosen)
+               for size in range(1, len(candidates) + 1) for chosen in map(list, itertools.combinations(candidates, size)))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_merged_duplicates_weigh_as_many_points(seed):
+    rng = np.random.default_rng(seed)
+    x = np.repeat(blobs(seed, 6, 2), rng.integers(1, 4, 6), axis=0)
+    x = x[rng.permutation(len(x))]
+    s = similarities(x)
+    for preference in (-1.0, -10.0, -60.0):
+        result = eimf_core.affinity_propagation(x, preference, damping=0.8, max_iter=1000)
+        assert result.converged
+        found = net_similarity(s, preference, result.exemplars, result.labels)
+        assert result.net_similarity == pytest.approx(found, rel=1e-5)
+        first = np.unique(x, axis=0, return_index=True)[1]
+        # Weighed by 1 instead, the optimum is up to 60 % away; affinity propagation itself is within a few percent of it.
+        assert found == pytest.approx(best_net_similarity(s, preference, first), rel=0.03)
+        assert np.isin(result.exemplars, first).all()  # of equal points the first is the exemplar
+
+
+def test_a_preferred_duplicate_is_the_exemplar():
+    x = np.array([[0.0], [0.0], [0.0], [9.0]], np.float32)
+    result = eimf_core.affinity_propagation(x, np.array([-3.0, -2.0, -2.0, -3.0]))
+    assert result.exemplars.tolist() == [1, 3] and result.labels.tolist() == [0, 0, 0, 1] and result.net_similarity == -5
+
+
+def test_isolated_pairs_are_decided_without_noise():
+    """Either point of a far-away pair would serve; the lower index does, and the run converges."""
+    centres = np.arange(20)[:, None] * 1000.0
+    x = np.concatenate([centres, centres + 1]).astype(np.float32)  # pair (i, i + 20) has similarity -1
+    result = eimf_core.affinity_propagation(x, -50.0)
+    assert result.converged
+    np.testing.assert_array_equal(result.exemplars, np.arange(20))
+    np.testing.assert_array_equal(result.labels, np.tile(np.arange(20), 2))
+
+
+def test_grid_full_of_ties_converges_deterministically():
+    grid = np.stack(np.meshgrid(np.arange(12), np.arange(12)), -1).reshape(-1, 2).astype(np.float32)
+    runs = [eimf_core.affinity_propagation(grid, -12.0, damping=0.8, max_iter=1000, n_threads=t) for t in (1, 2, 7)]
+    assert runs[0].converged and 5 < len(runs[0].exemplars) < 60
+    for run in runs[1:]:
+        np.testing.assert_array_equal(run.labels, runs[0].labels)
+    check_shape_of(runs[0], len(grid))
+
+
+@pytest.mark.parametrize("preference", [-1e30, -1e9])
+def test_very_low_preference_gives_one_cluster(preference):
+    x = blobs(4, 400, 3)
+    result = eimf_core.affinity_propagation(x, preference)
+    assert result.exemplars.tolist() == [int(np.argmax(similarities(x).sum(axis=0)))] and result.converged and (result.labels == 0).all()
+    s = similarities(x).astype(np.float32)
+    assert eimf_core.affinity_propagation(s, preference, precomputed=True).exemplars.tolist() == result.exemplars.tolist()
+
+
+def test_very_high_preference_gives_every_point_its_own_cluster():
+    x = blobs(4, 100, 3)
+    for preference in (0.0, 1e9, -1e-12):
+        np.testing.assert_array_equal(eimf_core.affinity_propagation(x, preference).labels, np.arange(100))
+
+
+def test_no_convergence_is_reported_with_a_usable_state():
+    x = blobs(7, 300, 4)
+    for max_iter in (1, 2, 5, 14):
+        result = eimf_core.affinity_propagation(x, -50.0, max_iter=max_iter)
+        assert not result.converged and result.n_iter == max_iter and len(result.exemplars) >= 1
+        check_shape_of(result, 300)
+        assert result.labels.min() == 0
+        assert result.net_similarity == pytest.approx(net_similarity(similarities(x), -50.0, result.exemplars, result.labels), rel=1e-5)
+
+
+def test_far_from_the_origin():
+    """Distances must not drown in the norms."""
+    x = blobs(8, 300, 5)
+    near, far = eimf_core.affinity_propagation(x, -60.0), eimf_core.affinity_propagation(x + np.float32(1000), -60.0)
+    exact = eimf_core.affinity_propagation(similarities(x + np.float32(1000)).astype(np.float32), -60.0, precomputed=True)
+    np.testing.assert_array_equal(far.labels, exact.labels)
+    np.testing.assert_array_equal(far.labels, near.labels)
+
+
+# ------------------------------------------------------------------------------------------------------------- sparse
+
+
+def neighbour_graph(s, k):
+    """CSR graph of each row's k most similar others."""
+    order = np.argsort(-np.where(np.eye(len(s), dtype=bool), -np.inf, s), axis=1, kind="stable")[:, :k]
+    order.sort(axis=1)
+    indptr = np.arange(0, order.size + 1, k, dtype=np.int64)
+    return indptr, order.ravel().astype(np.int64), np.take_along_axis(s, order, axis=1).ravel().astype(np.float32)
+
+
+def test_sparse_with_all_edges_equals_dense():
+    s = similarities(blobs(9, 220, 4)).astype(np.float32)
+    dense = eimf_core.affinity_propagation(s, -50.0, damping=0.7, precomputed=True)
+    sparse = eimf_core.affinity_propagation_sparse(*neighbour_graph(s, 219), -50.0, damping=0.7)
+    np.testing.assert_array_equal(sparse.labels, dense.labels)
+    assert (sparse.n_iter, sparse.n_unassigned) == (dense.n_iter, 0)
+
+
+def test_sparse_is_close_to_dense_and_stays_on_edges():
+    s = similarities(blobs(10, 800, 6, centres=40)).astype(np.float32)
+    dense = eimf_core.affinity_propagation(s, -30.0, damping=0.8, precomputed=True)
+    indptr, indices, values = neighbour_graph(s, 60)
+    runs = [eimf_core.affinity_propagation_sparse(indptr, indices, values, -30.0, damping=0.8, n_threads=t) for t in (1, 2, 7)]
+    sparse = runs[0]
+    for run in runs[1:]:
+        np.testing.assert_array_equal(run.labels, sparse.labels)
+    assert dense.converged and sparse.converged and sparse.n_unassigned == 0
+    assert sparse.net_similarity == pytest.approx(dense.net_similarity, rel=0.01)
+    for i, label in enumerate(sparse.labels):
+        exemplar = sparse.exemplars[label]
+        assert exemplar == i or exemplar in indices[indptr[i]:indptr[i + 1]]
+
+
+def test_sparse_reports_points_without_an_exemplar():
+    # 0 - 1 joined, 2 has no edge, 3 -> 2 only.
+    indptr, indices = np.array([0, 1, 2, 2, 3], np.int64), np.array([1, 0, 2], np.int64)
+    result = eimf_core.affinity_propagation_sparse(indptr, indices, np.array([-1, -1, -1], np.float32), -2.0)
+    assert result.exemplars.tolist() == [0, 2] and result.labels.tolist() == [0, 0, 1, 1] and result.converged
+    assert result.n_unassigned == 0
+    lone = eimf_core.affinity_propagation_sparse(np.zeros(4, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32), -2.0)
+    assert lone.labels.tolist() == [0, 1, 2]
+
+
+def test_sparse_ignores_self_loops():
+    s = similarities(blobs(11, 90, 3)).astype(np.float32)
+    indptr, indices, values = neighbour_graph(s, 20)
+    with_loops = [np.r_[indices[indptr[i]:indptr[i + 1]], i] for i in range(90)]
+    loops = eimf_core.affinity_propagation_sparse(np.arange(0, 90 * 21 + 1, 21, dtype=np.int64), np.concatenate(with_loops).astype(np.int64),
+                                                  np.concatenate([s[i, row] for i, row in enumerate(with_loops)]), -20.0)
+    np.testing.assert_array_equal(loops.labels, eimf_core.affinity_propagation_sparse(indptr, indices, values, -20.0).labels)
+
+
+# ---------------------------------------------------------------------------------------------------- arguments, progress
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"x": np.zeros((3, 2))}, "float64.*float32"),
+    ({"x": np.zeros(3, np.float32)}, r"\(3,\).*\(n, d\)"),
+    ({"x": np.zeros((0, 2), np.float32)}, "0 points"),
+    ({"x": np.zeros((3, 0), np.float32)}, "0 dimensions"),
+    ({"x": np.zeros((4, 6), np.float32)[:, ::2]}, "not C-contiguous"),
+    ({"x": np.array([[1], [np.nan]], np.float32)}, "x: found NaN in row 1, column 0"),
+    ({"x": np.array([[np.inf], [0]], np.float32)}, "infinity"),
+    ({"x": np.full((3, 2), 1e25, np.float32)}, "overflow"),
+    ({"x": np.zeros((3, 2), np.float32), "precomputed": True}, "square"),
+    ({"x": None}, "NoneType"),
+    ({"preference": np.zeros(4)}, r"preference: found shape \(4,\); expected a number or shape \(3,\)"),
+    ({"preference": np.zeros((3, 1))}, "preference"),
+    ({"preference": float("nan")}, "finite"),
+    ({"preference": -np.inf}, "finite"),
+    ({"preference": "low"}, "preference: found str"),
+    ({"damping": 0.4}, "damping is 0.4"),
+    ({"damping": 1.0}, "damping is 1"),
+    ({"damping": float("nan")}, "damping"),
+    ({"max_iter": 0}, "max_iter is 0"),
+    ({"convergence_iter": -3}, "convergence_iter is -3"),
+    ({"n_threads": -2}, "n_threads is -2"),
+    ({"memory_limit": 1000}, "memory_limit is 1000"),
+    ({"progress": 3}, "progress is not callable"),
+])
+def test_bad_arguments_are_value_errors(change, words):
+    arguments = {"x": np.arange(6, dtype=np.float32).reshape(3, 2), "preference": -1.0} | change
+    with pytest.raises(ValueError, match=words):
+        eimf_core.affinity_propagation(**arguments)
+
+
+@pytest.mark.parametrize("indptr, indices, similarity, words", [
+    ([0, 1], [0, 0], [1, 1], "three equal numbers"),
+    ([], [], [], r"\(n \+ 1,\)"),
+    ([0, 2, 1, 2], [1, 0], [1, 1], "must not fall"),
+    ([1, 1, 1], [0], [1], "begin with 0"),
+    ([0, 1, 2], [1, 2], [1, 1], r"indices\[1\] is 2; expected a point from 0 to 1"),
+    ([0, 2, 2], [1, 1], [1, 1], "row 0 names point 1 twice"),
+    ([0, 1, 2], [1, 0], [1, np.nan], "similarity: found NaN"),
+])
+def test_bad_graphs_are_value_errors(indptr, indices, similarity, words):
+    with pytest.raises(ValueError, match=words):
+        eimf_core.affinity_propagation_sparse(np.array(indptr, np.int64), np.array(indices, np.int64), np.array(similarity, np.float32), -1.0)
+
+
+def test_progress_sees_each_iteration_and_its_exception_gets_out():
+    x, seen = blobs(0, 100, 3), []
+    result = eimf_core.affinity_propagation(x, -50.0, progress=lambda iteration, exemplars: seen.append((iteration, exemplars)))
+    steps = [s for s in seen if s[0] > 0]
+    assert [s[0] for s in steps] == list(range(1, result.n_iter + 1)) and steps[-1][1] == len(result.exemplars)
+
+    def stop(iteration, exemplars):
+        if iteration == 3:
+            raise KeyError("enough")
+
+    with pytest.raises(KeyError, match="enough"):
+        eimf_core.affinity_propagation(x, -50.0, progress=stop)
+
+
+def test_ctrl_c_ends_a_run():
+    s = -np.random.default_rng(0).random((1500, 1500)).astype(np.float32)
+    timer = threading.Timer(0.3, lambda: signal.raise_signal(signal.SIGINT))
+    timer.start()
+    started = time.perf_counter()
+    with pytest.raises(KeyboardInterrupt):
+        eimf_core.affinity_propagation(s, -0.5, precomputed=True, max_iter=10**6, convergence_iter=10**6)
+    assert time.perf_counter() - started < 10
+
+
+def test_memory_preflight_and_peak():
+    x = blobs(1, 3000, 16, centres=60)
+    result = eimf_core.affinity_propagation(x, -40.0)
+    assert 0.2 * eimf_core.affinity_propagation_bytes(3000, 16) < result.peak_bytes < eimf_core.affinity_propagation_bytes(3000, 16)
+    assert result.peak_bytes < 3000 * 3000 * 8 / 4  # far below one n x n array
+    with pytest.raises(ValueError, match="memory_limit"):
+        eimf_core.affinity_propagation(x, -40.0, memory_limit=result.peak_bytes // 2)
+    assert eimf_core.affinity_propagation_bytes(10**9, 10**9) > 10**18
