@@ -113,7 +113,7 @@ def ordered(columns):
     same[1:-1] = (users[1:] == users[:-1]) & (times[1:] == times[:-1])
     tied = np.flatnonzero(same[1:] | same[:-1])
     group = np.cumsum(~same[tied])
-    inner = np.lexsort((items[tied], group))
+    inner = np.argsort(items[tied], kind="stable")  # groups stay ascending within an item
     again = (np.diff(group[inner]) == 0) & (np.diff(items[tied][inner]) == 0)
     copies = tied[inner[1:][again]]
     if len(copies):
@@ -180,8 +180,9 @@ def main(argv=None):
         raise UserError(f"--min-interactions is {args.min_interactions}; expected 1 or more")
     stage = Stage("01_preprocess", args)
     interactions, metadata = locate(args)
-    for path in filter(None, (interactions, metadata)):
-        stage.input_file(path)
+    stage.input_file(interactions, f"interactions/{interactions.name}")
+    if metadata:
+        stage.input_file(metadata, f"items/{metadata.name}")
     if stage.is_done():
         return
     folder = stage.begin()

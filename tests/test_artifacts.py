@@ -80,6 +80,15 @@ def test_no_nan_in_json(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_readers_of_the_old_file_are_not_disturbed(tmp_path):
+    """The new file takes the name; the old one is not written over."""
+    save_lines(tmp_path / "a.txt", ["old"])
+    with open(tmp_path / "a.txt") as reader:
+        save_lines(tmp_path / "a.txt", ["new"])
+        assert reader.read() == "old\n"
+    assert (tmp_path / "a.txt").read_text() == "new\n"
+
+
 def test_failed_write_leaves_the_old_file(tmp_path):
     save_lines(tmp_path / "a.txt", ["old"])
     with pytest.raises(RuntimeError), atomic(tmp_path / "a.txt") as file:
@@ -146,8 +155,10 @@ def test_lock(root, tmp_path):
     process.kill()
     process.wait()
     process.stdout.close()
-    first(tmp_path)
-    first(tmp_path)  # finish() lets go of it
+    stage = Stage("01_preprocess", arguments(tmp_path))
+    stage.begin()
+    stage.finish()
+    first(tmp_path)  # finish() let go of it, though `stage` lives
 
 
 # ---- manifest

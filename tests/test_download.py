@@ -43,7 +43,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes */{size}")
             self.send_header("Content-Length", "0")
             return self.end_headers()
-        body = server.body[start:]
+        body = server.body[start + (7 if fault == "206 elsewhere" else 0):]
         if fault == "damaged":
             body = b"\x1f\x8b" + bytes(len(body) - 2)
         if fault == "short length":  # a complete answer, but of half a file
@@ -86,6 +86,13 @@ def test_resumes_where_the_connection_broke(server, tmp_path):
     assert starts[0] == 0 < starts[1] < starts[2] < len(BODY)
 
 
+def test_any_number_of_breaks_that_bring_something(server, tmp_path):
+    """`retries` counts failures in a row that bring nothing."""
+    server.faults = ["cut"] * 8
+    assert get(server, tmp_path, retries=1).read_bytes() == BODY
+    assert len(server.requests) == 9
+
+
 def test_resumes_what_an_earlier_run_left(server, tmp_path):
     (tmp_path / "x.json.gz.part").write_bytes(BODY[:100_000])
     assert get(server, tmp_path).read_bytes() == BODY
@@ -113,9 +120,11 @@ def test_server_without_ranges(server, tmp_path):
     assert len(server.requests) == 2
 
 
-def test_range_from_elsewhere(server, tmp_path):
+def test_range_from_elsewhere(server, tmp_path, capsys):
     server.faults = ["cut", "206 elsewhere"]
     assert get(server, tmp_path).read_bytes() == BODY
+    assert "does not fit the 150" in capsys.readouterr().out
+    assert [asked is None for _, asked in server.requests] == [True, False, True]
 
 
 def test_busy_server(server, tmp_path, capsys):

@@ -142,6 +142,14 @@ def test_same_item_at_another_time_is_another_event(preprocess):
     assert load_json(folder / "stats.json")["duplicates_dropped"] == 1
 
 
+@pytest.mark.parametrize("n, train, valid", [(10, 8, 1), (11, 8, 1), (19, 15, 1), (29, 23, 2), (4_905, 3_924, 490)])
+def test_split_sizes(stage, n, train, valid):
+    for kind in ("file-order", "random"):
+        split = stage.split_users(n, kind, 0)
+        assert split.dtype == np.uint8 and np.bincount(split).tolist() == [train, valid, n - train - valid]
+        assert (np.sort(split) == split).all() == (kind == "file-order")
+
+
 def test_random_split_depends_on_the_seed_alone(preprocess):
     text = csv_text(dense(users=50))
     files = [{name: (preprocess(text, "--seed", seed) / name).read_bytes() for name in ALL_PARTS} for seed in (1, 1, 2)]
@@ -349,8 +357,14 @@ def test_any_bytes(tmp_path, content, form):
 @pytest.mark.parametrize("value, expected", [
     (7, 7000), ("7", 7000), (7.0, 7000), ("7.25", 7250), (-1.5, -1500), ("1970-01-02", 86_400_000),
     ("1970-01-01T01:00:00+01:00", 0), ("1970-01-01T00:00:01Z", 1000), (" 7 ", 7000), ("1.4e9", 1_400_000_000_000)])
-def test_times(value, expected):
-    assert milliseconds(value, 1000) == expected
+def test_times(value, expected, monkeypatch):
+    monkeypatch.setenv("TZ", "America/New_York")  # the machine's zone does not matter
+    time.tzset()
+    try:
+        assert milliseconds(value, 1000) == expected
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 @pytest.mark.parametrize("value", [None, "", "yesterday", float("nan"), float("inf"), "nan", "-inf", 10**30, "9" * 400, [1],
@@ -413,6 +427,15 @@ def test_quote_that_is_not_closed_counts_all_it_swallows(preprocess):
     assert stats["broken_lines"] == 6 and stats["events_read"] == 1200 - 6
     assert stats["files"][0]["lines"] == 1200
     assert stats["files"][0]["examples"][0]["line"] == 101
+
+
+def test_quote_that_would_join_two_rows(preprocess):
+    """A lenient CSV reader makes one good row of these two lines and loses the second without a word."""
+    lines = csv_text([(*event, "Title") for event in dense(users=60)], ("user_id", "item_id", "timestamp", "title")).splitlines()
+    lines[100] = 'u1,i1,5,"Title'
+    lines[101] = 'u1,i2,6,"Title'
+    stats = load_json(preprocess("\n".join(lines)) / "stats.json")
+    assert (stats["broken_lines"], stats["events_read"]) == (2, 358)
 
 
 def test_id_of_a_broken_line_is_no_user(preprocess):
@@ -495,8 +518,21 @@ def test_skip_done(preprocess, capsys):
     preprocess(text, "--skip-done", "--seed", 1)
     assert "--seed was 0 and is 1" in capsys.readouterr().out
     preprocess(text + "u0,i0,7777\n", "--skip-done", "--seed", 1)
-    assert "input log.csv changed" in capsys.readouterr().out
+    assert "input interactions/log.csv changed" in capsys.readouterr().out
     assert load_json(folder / "manifest.json")["summary"]["interactions"] == 73
+
+
+def test_inputs_of_one_name_are_told_apart(stage, tmp_path, capsys):
+    """Interactions and items may lie in two folders under one file name; a change of either is seen."""
+    for folder, text in (("a", csv_text(dense())), ("b", "item_id,title\ni0,One\n")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.csv").write_text(text)
+    arguments = ["--data-dir", str(tmp_path), "--interactions", str(tmp_path / "a" / "x.csv"),
+                 "--items", str(tmp_path / "b" / "x.csv"), "--skip-done"]
+    stage.main(arguments)
+    (tmp_path / "a" / "x.csv").write_text(csv_text(dense(users=13)))
+    stage.main(arguments)
+    assert "input interactions/x.csv changed" in capsys.readouterr().out
 
 
 def test_killed_at_any_moment(root, sample_raw, tmp_path, run_script):
