@@ -37,6 +37,10 @@ from eimf.export import save_export
 from eimf.metrics import hit_matrix, per_user
 from eimf.ranking import interests_of, rank, targets_of
 
+# Spread of the initial item vectors. The REMI authors' code has sqrt(2 / D) = 0.18, with which Office reaches a validation
+# Recall@50 of .204 (test .214) and with 0.02 .210 (test .251); Beauty leaves the flat start of training later with 0.02.
+INIT_STD = 0.05
+
 
 def parse(argv):
     parser = argument_parser(__doc__)
@@ -88,8 +92,7 @@ class BehaviouralModel(nn.Module):
     def __init__(self, n_items, args):
         super().__init__()
         self.items = nn.Embedding(n_items + 1, args.dim, padding_idx=0)
-        # As the REMI authors do: Kaiming's normal, std sqrt(2 / D). Smaller tables train slower and end worse.
-        nn.init.normal_(self.items.weight[1:], std=math.sqrt(2 / args.dim))
+        nn.init.normal_(self.items.weight[1:], std=INIT_STD)
         self.backbone = BACKBONES[args.backbone](args.dim, args.interests, args.max_len)
 
     def forward(self, history):
@@ -238,7 +241,7 @@ def train(stage, args, interactions, model, teacher, cluster_of_user, device):
         else:
             stage.log.info("the checkpoint is of other settings or inputs; starting anew")
     sums, started = {}, time.perf_counter() - state["seconds"]
-    progress = tqdm(total=args.max_iterations, initial=state["iteration"], desc=args.run, unit="step", mininterval=1)
+    progress = tqdm(total=args.max_iterations, initial=state["iteration"], desc=args.run, unit="step", mininterval=1, disable=None)
     while state["iteration"] < args.max_iterations and not _stopped(state, args):
         t = state["iteration"] = state["iteration"] + 1
         torch.manual_seed(args.seed * 1_000_003 + t)  # dropout and negatives depend on (seed, t) alone
