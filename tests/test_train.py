@@ -173,7 +173,7 @@ def test_teacher_terms_by_hand(stage06, args):
         e = text["interest_vectors"].numpy()[index] @ weight["projection.weight"].T
         scores = (e @ weight["query.weight"].T) @ (e @ weight["key.weight"].T).T / np.sqrt(args.dim)
         attention = np.exp(scores - scores.max(1, keepdims=True))
-        h = attention / attention.sum(1, keepdims=True) @ (e @ weight["value.weight"].T)
+        h = e + attention / attention.sum(1, keepdims=True) @ (e @ weight["value.weight"].T)
         taught[row] = h[(h @ titles[target[row]]).argmax()]
     keep = has_title[target] & (cluster >= 0)
     assert 0 < keep.sum() < len(keep)
@@ -219,6 +219,16 @@ def test_controls_change_what_they_say_and_no_more(stage06, args):
     assert np.array_equal(np.sort(cluster), np.sort(shuffled)) and np.array_equal(cluster < 0, shuffled < 0)
     changed = (cluster != shuffled)[cluster >= 0].mean()
     assert changed > .7  # 9 clusters: about 1 in 9 keeps its own by chance
+
+
+def test_text_dim_keeps_the_leading_directions(stage06, args):
+    _, full, _ = loaded(stage06, args)
+    args.text_dim = 5
+    _, reduced, _ = loaded(stage06, args)
+    x, y = full["item_text"].double().numpy(), reduced["item_text"].numpy()
+    u, s, _ = np.linalg.svd(x, full_matrices=False)
+    np.testing.assert_allclose(y @ y.T, (u[:, :5] * s[:5] ** 2) @ u[:, :5].T, atol=1e-4)  # the best rank-5 Gram matrix
+    assert reduced["interest_vectors"].shape == (len(full["interest_vectors"]), 5)
 
 
 def test_padding_does_not_matter_and_an_empty_history_is_finite(stage06, args):
