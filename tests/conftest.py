@@ -2,12 +2,16 @@
 import importlib.util
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "stages"))
+
+from eimf.artifacts import Stage, save_array, save_json, save_lines  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -52,3 +56,69 @@ def sample_raw(tmp_path_factory, run_script):
     done = run_script("data/make_sample.py", "--out", folder)
     assert done.returncode == 0, done.stderr
     return folder
+
+
+N_USERS, N_ITEMS, TEXT_DIM, CLUSTERS = 200, 60, 12, 9  # of the tiny data set
+TRAIN_FLAGS = ["--dim", "16", "--max-iterations", "60", "--validate-every", "10", "--threads", "1"]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A data folder with finished stages 01, 02, 03 and 05 of 200 users in 4 groups that click within their group."""
+    root, rng = tmp_path_factory.mktemp("tiny"), np.random.default_rng(0)
+
+    def stage(name, fill):
+        s = Stage(name, Namespace(data_dir=root, dataset="tiny"))
+        fill(s.begin())
+        s.finish()
+
+    lengths = rng.integers(5, 15, N_USERS)
+    group = rng.integers(0, 4, N_USERS)
+    items = np.concatenate([1 + group[u] * 15 + rng.integers(0, 15, n) for u, n in enumerate(lengths)]).astype(np.int32)
+    split = np.repeat([0, 1, 2], [160, 20, 20]).astype(np.uint8)
+
+    def preprocess(folder):
+        save_array(folder / "sequence_items.npy", items)
+        save_array(folder / "sequence_times.npy", np.arange(len(items)))
+        save_array(folder / "sequence_offsets.npy", np.concatenate([[0], np.cumsum(lengths)]))
+        save_array(folder / "split.npy", split)
+        save_lines(folder / "items.jsonl", [{"item": i, "id": f"I{i}", "title": f"item {i}", "categories": [], "brand": None}
+                                            for i in range(1, N_ITEMS + 1)])
+        save_lines(folder / "users.txt", [f"U{u}" for u in range(N_USERS)])
+        save_json(folder / "stats.json", {"users": N_USERS, "items": N_ITEMS, "interactions": len(items), "split": "random"})
+
+    def encode(folder):
+        text = rng.standard_normal((N_ITEMS + 1, TEXT_DIM)).astype(np.float32)
+        has = np.ones(N_ITEMS + 1, bool)
+        has[[0, 7, 8]] = False
+        save_array(folder / "item_text.npy", np.where(has[:, None], text, 0))
+        save_array(folder / "item_has_text.npy", has)
+
+    def cluster(folder):
+        save_array(folder / "cluster_of_user.npy", np.where(split == 0, rng.integers(-1, CLUSTERS, N_USERS), -1).astype(np.int32))
+
+    def interests(folder):
+        counts = rng.integers(1, 6, CLUSTERS)
+        save_array(folder / "interest_vectors.npy", rng.standard_normal((counts.sum(), TEXT_DIM)).astype(np.float32))
+        save_array(folder / "interest_offsets.npy", np.concatenate([[0], np.cumsum(counts)]))
+
+    for name, fill in (("01_preprocess", preprocess), ("02_encode_text", encode), ("03_cluster_users", cluster),
+                       ("05_encode_interests", interests)):
+        stage(name, fill)
+    return root
+
+
+@pytest.fixture(scope="session")
+def train(tiny, run_script):
+    def call(*arguments):
+        done = run_script("stages/06_train.py", "--data-dir", tiny, "--dataset", "tiny", *TRAIN_FLAGS, *arguments)
+        return done, tiny / "tiny" / "06_train"
+    return call
+
+
+@pytest.fixture(scope="session")
+def finished(train):
+    """The folder of a finished EIMF run on the tiny data set."""
+    done, folder = train("--eimf")
+    assert done.returncode == 0, done.stderr
+    return folder / "remi-eimf-s0"

@@ -5,77 +5,17 @@ import signal
 import subprocess
 import sys
 import time
-from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from eimf.artifacts import Stage, load_json, save_array, save_json, save_lines, sha256
+from eimf.artifacts import Stage, load_json, sha256
 from eimf.data import Interactions
 from eimf.export import load_export
+from conftest import N_ITEMS, TRAIN_FLAGS
 from test_losses import info_nce_oracle
-
-N_USERS, N_ITEMS, TEXT_DIM, CLUSTERS = 200, 60, 12, 9
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
-    """A data folder with finished stages 01, 02, 03 and 05 of 200 users in 4 groups that click within their group."""
-    root, rng = tmp_path_factory.mktemp("tiny"), np.random.default_rng(0)
-
-    def stage(name, fill):
-        s = Stage(name, Namespace(data_dir=root, dataset="tiny"))
-        fill(s.begin())
-        s.finish()
-
-    lengths = rng.integers(5, 15, N_USERS)
-    group = rng.integers(0, 4, N_USERS)
-    items = np.concatenate([1 + group[u] * 15 + rng.integers(0, 15, n) for u, n in enumerate(lengths)]).astype(np.int32)
-    split = np.repeat([0, 1, 2], [160, 20, 20]).astype(np.uint8)
-
-    def preprocess(folder):
-        save_array(folder / "sequence_items.npy", items)
-        save_array(folder / "sequence_times.npy", np.arange(len(items)))
-        save_array(folder / "sequence_offsets.npy", np.concatenate([[0], np.cumsum(lengths)]))
-        save_array(folder / "split.npy", split)
-        save_lines(folder / "items.jsonl", [{"item": i, "id": f"I{i}", "title": f"item {i}", "categories": [], "brand": None}
-                                            for i in range(1, N_ITEMS + 1)])
-        save_lines(folder / "users.txt", [f"U{u}" for u in range(N_USERS)])
-        save_json(folder / "stats.json", {"users": N_USERS, "items": N_ITEMS, "interactions": len(items), "split": "random"})
-
-    def encode(folder):
-        text = rng.standard_normal((N_ITEMS + 1, TEXT_DIM)).astype(np.float32)
-        has = np.ones(N_ITEMS + 1, bool)
-        has[[0, 7, 8]] = False
-        save_array(folder / "item_text.npy", np.where(has[:, None], text, 0))
-        save_array(folder / "item_has_text.npy", has)
-
-    def cluster(folder):
-        save_array(folder / "cluster_of_user.npy", np.where(split == 0, rng.integers(-1, CLUSTERS, N_USERS), -1).astype(np.int32))
-
-    def interests(folder):
-        counts = rng.integers(1, 6, CLUSTERS)
-        save_array(folder / "interest_vectors.npy", rng.standard_normal((counts.sum(), TEXT_DIM)).astype(np.float32))
-        save_array(folder / "interest_offsets.npy", np.concatenate([[0], np.cumsum(counts)]))
-
-    for name, fill in (("01_preprocess", preprocess), ("02_encode_text", encode), ("03_cluster_users", cluster),
-                       ("05_encode_interests", interests)):
-        stage(name, fill)
-    return root
-
-
-COMMON = ["--dim", "16", "--max-iterations", "60", "--validate-every", "10", "--threads", "1"]
-
-
-@pytest.fixture(scope="session")
-def train(tiny, run_script):
-    def call(*arguments):
-        done = run_script("stages/06_train.py", "--data-dir", tiny, "--dataset", "tiny", *COMMON, *arguments)
-        return done, tiny / "tiny" / "06_train"
-    return call
-
 
 @pytest.fixture(scope="module")
 def stage06(load_script):
@@ -255,13 +195,6 @@ def test_regulariser_is_remis(stage06):
     assert remi.regulariser(routing).item() == pytest.approx(expected)
 
 
-@pytest.fixture(scope="module")
-def finished(train):
-    done, folder = train("--eimf")
-    assert done.returncode == 0, done.stderr
-    return folder / "remi-eimf-s0"
-
-
 RESULT = ("model.pt2", "item_vectors.npy", "item_ids.txt", "config.json")
 
 
@@ -302,7 +235,7 @@ def test_the_same_seed_gives_the_same_files_and_another_does_not(finished, train
 def test_killed_and_resumed_ends_with_the_same_files(finished, tiny, root):
     """kill -9 twice in the middle of training; the third start finishes with the files of an uninterrupted run."""
     folder = tiny / "tiny" / "06_train" / "killed"
-    command = [sys.executable, root / "stages/06_train.py", "--data-dir", tiny, "--dataset", "tiny", *COMMON, "--eimf", "--run", "killed"]
+    command = [sys.executable, root / "stages/06_train.py", "--data-dir", tiny, "--dataset", "tiny", *TRAIN_FLAGS, "--eimf", "--run", "killed"]
     for kill in range(2):
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         checkpoint, seen = folder / "checkpoint" / "last.safetensors", 0.0
