@@ -71,7 +71,7 @@ def parse(argv):
     add("--no-alignment", action="store_true", help="ablation: without Eq. 10-12")
     add("--max-iterations", type=int, default=20000, help="training steps at most")
     add("--validate-every", type=int, default=200, help="steps between validations (paper: 200)")
-    add("--patience", type=int, default=10, help="validations without a better Recall@50 before stopping")
+    add("--patience", type=int, default=20, help="validations without a better Recall@50 before stopping")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--threads", type=int, default=0, help="CPU threads; 0 means all cores")
     args = parser.parse_args(argv)
@@ -135,8 +135,8 @@ class Teacher(nn.Module):
         e[mask] = self.projection(self.interest_vectors[index[mask]])  # (B, M, D), Eq. 4; padded rows cost nothing
         scores = self.query(e) @ self.key(e).transpose(1, 2) / math.sqrt(e.shape[2])  # (B, M, M), Eq. 7
         scores = scores.masked_fill(~mask[:, None], torch.finfo(e.dtype).min)
-        # The attention adds to each interest what the others say. Without the sum, a random value map would have to learn
-        # first to give back what the projection already knows: measured slower and worse on Beauty.
+        # The attention adds to each interest what the others say. Without the sum, the value map first has to learn to give
+        # back what the projection already knows: on Beauty the semantic loss stays higher (.68 against .65).
         return e + scores.softmax(2) @ self.value(e), mask
 
     def forward(self, model, implicit, target, user, cluster):
