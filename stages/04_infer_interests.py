@@ -156,7 +156,7 @@ def ask(prompts, backend, journal, args, log):
 
 def import_responses(path, prompts, journal, args, log):
     """Journal the answers of a Batch output file that belong to this run's requests."""
-    responses = Responses(path, args.match)
+    responses = Responses(path, "hash")
     recorded = Recorded(responses, prompts.model)
     taken = 0
     for entry in recorded.answers(prompts.pending(journal, args.shard)):
@@ -200,7 +200,7 @@ def main(argv=None):
     if stage.is_done():
         return 0
     interactions, items, user_ids = load_interactions(source), load_items(source), load_user_ids(source)
-    if (args.responses or args.import_responses) and args.match == "user" and not args.allow_seen_histories and (
+    if args.llm == "recorded" and args.match == "user" and not args.allow_seen_histories and (
             args.prefix_only or interactions.kind == "leave-one-out"):
         raise UserError("answers matched by user may have read whole histories, also what "
                         + ("--prefix-only" if args.prefix_only else "the leave-one-out split") + " holds out; results would be too good. "

@@ -2,7 +2,7 @@
 
 Sent are model, messages, temperature, max_tokens and, where asked for, response_format; the last is dropped when the server refuses it.
 
-- Concurrency adapts: one call until the first succeeds, then half of the maximum, one more for each success; halved when the
+- Concurrency adapts: the first request goes alone, repeated calls included; then half of the maximum, one more for each success; halved when the
   server says it is overloaded (429, 503, 529) or does not answer in time.
 - A rate limit is no failure: such calls wait (Retry-After, else exponential back-off with jitter) and use up no attempt.
   Only after `patience` seconds without any success does the run stop.
@@ -70,8 +70,8 @@ class Gate:
     """How many calls may run at once. Thread-safe."""
 
     def __init__(self, maximum):
-        self.maximum, self.limit, self.active, self.peak = maximum, 1.0, 0, 0
-        self.opened = self.slow_start = False
+        self.maximum, self.limit, self.active = maximum, max(1.0, maximum / 2), 0
+        self.slow_start = True
         self.paused_until = self.last_cut = 0.0
         self.stopped = False
         self.condition = threading.Condition()
@@ -83,7 +83,6 @@ class Gate:
                 wait = self.paused_until - time.monotonic()
                 if wait <= 0 and self.active < int(self.limit):
                     self.active += 1
-                    self.peak = max(self.peak, self.active)
                     return time.monotonic()
                 self.condition.wait(wait if wait > 0 else None)
             return None
@@ -94,18 +93,11 @@ class Gate:
             self.active -= 1
             now = time.monotonic()
             if success:
-                if not self.opened:
-                    self.opened = self.slow_start = True
-                    self.limit = max(1.0, self.maximum / 2)
-                else:
-                    self.limit = min(self.maximum, self.limit + (1 if self.slow_start else 1 / self.limit))
+                self.limit = min(self.maximum, self.limit + (1 if self.slow_start else 1 / self.limit))
             elif overloaded and entered > self.last_cut:  # calls that started before the last cut say nothing about the new limit
                 self.limit, self.slow_start, self.last_cut = max(1.0, self.limit / 2), False, now
             self.paused_until = max(self.paused_until, now + pause)
-            if success and self.slow_start and self.limit == max(1.0, self.maximum / 2):
-                self.condition.notify_all()  # just opened
-            else:
-                self.condition.notify(2)  # the place given back and one that the limit may have gained
+            self.condition.notify(2)  # the place given back and one that the limit may have gained
 
     def stop(self):
         with self.condition:
@@ -171,7 +163,7 @@ class ChatClient:
         self.log = log
         self.gate = Gate(concurrency)
         self.counts = {"calls": 0, "retries": 0, "rate_limited": 0, "failed": 0}
-        self.lock = threading.Lock()
+        self.lock, self.first = threading.Lock(), threading.Lock()
         self.stopping = threading.Event()
         self.reason, self.failures, self.drop_format = None, 0, False
         self.last_success, self.succeeded = time.monotonic(), False
@@ -252,6 +244,13 @@ class ChatClient:
 
     def _ask(self, session, request):
         """A record, or None when the run stops before this request has an answer."""
+        if not self.succeeded:
+            with self.first:  # the others wait for the first success, or for the reason to stop
+                if not self.succeeded:
+                    return self._repeat(session, request)
+        return self._repeat(session, request)
+
+    def _repeat(self, session, request):
         attempt = limited = 0
         plain = False  # send this request without response_format, to see whether that was what the server refused
         while True:

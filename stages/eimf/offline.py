@@ -43,25 +43,26 @@ class Summarizer:
     def groups(self, history):
         """Positions of a history's items by what they are: [(name, [position, ...]), ...], largest first, then most recent.
 
-        history: item dicts, oldest first. An item belongs to its leaf category; one without categories joins the group
-        whose leaf its title names, or else shares the title word that most of the other such items have.
+        history: item dicts, oldest first. An item belongs to its leaf category. Those without categories are grouped by the
+        pair of neighbouring title words that most of them share, again and again; without title and categories an item is in no group.
         """
-        members, loose = {}, []
+        members, names, loose = {}, {}, []
         for position, item in enumerate(history):
             path = [clean_text(c) for c in item["categories"] or [] if clean_text(c)]
             if path:
-                members.setdefault(path[-1], []).append(position)
+                name = names.setdefault(path[-1].casefold(), path[-1])
+                members.setdefault(name, []).append(position)
             else:
                 loose.append(position)
-        while loose:  # the pair of neighbouring words, or the word, that covers most of what is left
+        while loose:
             counts = Counter(gram for p in loose for gram in self._grams(history[p]))
             if not counts:
                 break
             gram = max(counts, key=lambda g: (counts[g], sum(map(self.weight, g)), g))
             covered = [p for p in loose if gram in self._grams(history[p])]
-            members.setdefault(" ".join(gram), []).extend(covered)
+            members.setdefault(names.setdefault(" ".join(gram), " ".join(gram)), []).extend(covered)
             loose = [p for p in loose if p not in covered]
-        return sorted(members.items(), key=lambda group: (-len(group[1]), -max(group[1]), group[0]))
+        return sorted(((name, sorted(positions)) for name, positions in members.items()), key=lambda group: (-len(group[1]), -max(group[1]), group[0]))
 
     def _grams(self, item):
         tokens = words(clean_text(item["title"]))

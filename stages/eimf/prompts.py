@@ -77,6 +77,8 @@ class Prompts:
         args = self.args
         body = {"model": self.model, "messages": [{"role": "user", "content": build_prompt(self.template, args.task, lines, args.dataset)}],
                 "temperature": args.temperature, "max_tokens": args.max_tokens}
+        if args.llm == "recorded" and args.match == "user":
+            body["user"] = self.user_ids[self.users[index]]  # another user's answer is another answer, even to the same prompt
         if args.json_mode:
             body["response_format"] = {"type": "json_object"}
         user_id = self.user_ids[self.users[index]]
