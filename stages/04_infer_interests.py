@@ -205,8 +205,10 @@ def main(argv=None):
         raise UserError("answers matched by user may have read whole histories, also what "
                         + ("--prefix-only" if args.prefix_only else "the leave-one-out split") + " holds out; results would be too good. "
                         "Use a user-level split, or --match hash, or --allow-seen-histories and say so")
-    count = token_counter(args.tokenizer or (args.model if args.llm == "local" else None))
+    count = token_counter(args.tokenizer)
     backend = make_backend(args, items, count, stage.log.info)
+    if args.llm == "local" and not args.tokenizer:
+        count = backend.count
     prompts = Prompts(args, interactions, items, user_ids, typical and load_array(typical), backend.model, template, count)
     base = stage.root / "04_infer_interests" / "partition" if args.task == "partition" else stage.root / "04_infer_interests"
     shards = [] if args.shard else sorted(base.glob("shard-*-of-*/responses.jsonl"))

@@ -109,12 +109,12 @@ def test_the_leakage_report_is_independent_of_the_ranges(tmp_path, monkeypatch):
 
 def test_long_histories_keep_their_newest_items(tmp_path):
     events, typical = dataset(tmp_path, typical=[2, 3])
-    assert infer(tmp_path, "--max-prompt-tokens", 150, "--item-text", "title") == 0
+    assert infer(tmp_path, "--max-prompt-tokens", 120, "--item-text", "title") == 0
     for line, user in zip(rows(tmp_path, "requests.jsonl"), typical, strict=True):
         shown = [int(i) for i in re.findall(r"\(I(\d+)\)", prompt_of(line))]
         titled = [i for i in events[user] if ITEMS[i - 1].get("title")]
         assert 0 < len(shown) < len(titled) and shown == titled[-len(shown):]
-        assert len(prompt_of(line)) / 4 <= 150
+        assert len(prompt_of(line)) / 4 <= 120
     assert load_json(tmp_path / "tiny/04_infer_interests/usage.json")["truncated_histories"] == 2
 
 
@@ -744,3 +744,90 @@ def test_recorded_office_answers(shared, tmp_path):
     assert len(found) == 4905 and {(r["outcome"], r["source"], r["model"]) for r in found} == {("ok", "recorded", "recorded-llm")}
     for row in found:
         assert row["interests"] == list(json.loads(recorded[row["id"]]).values())
+
+
+# ---------------------------------------------------------------- real models and a real server
+
+def make_tiny_llama(folder):
+    """A randomly initialised Llama of one layer with a word tokenizer and a chat template."""
+    import torch
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    words = ["<unk>", "<s>", "</s>", "<|user|>", "<|assistant|>", *"{}[]\":,.0123456789 abcdefghijklmnopqrstuvwxyz"]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
+                                                pad_token="</s>")
+    fast.chat_template = "{% for m in messages %}<|user|>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+                                      max_position_embeddings=4096, bos_token_id=1, eos_token_id=2, pad_token_id=2)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return make_tiny_llama(tmp_path_factory.mktemp("llama") / "tiny-llama")
+
+
+def test_local_model(tmp_path, llama):
+    """The texts equal transformers' own greedy generation of each prompt alone; usage is counted; answers are journaled by model."""
+    import torch
+    import transformers
+    _, typical = dataset(tmp_path, typical=[2, 3, 4])
+    arguments = ("--llm", "local", "--model", llama, "--max-tokens", 12, "--batch-size", 2, "--device", "cpu", "--max-fallback", 1)
+    assert infer(tmp_path, *arguments, "--answer-attempts", 1) == 0
+    tokenizer = transformers.AutoTokenizer.from_pretrained(llama)
+    model = transformers.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
+    found = {r["custom_id"]: r for r in rows(tmp_path, "responses.jsonl")}
+    for line in rows(tmp_path, "requests.jsonl"):
+        text = tokenizer.apply_chat_template(line["body"]["messages"], tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+        with torch.no_grad():
+            expected = model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1]:]
+        body = found[line["custom_id"]]["response"]["body"]
+        assert body["choices"][0]["message"]["content"] == tokenizer.decode(expected, skip_special_tokens=True)
+        assert body["usage"] == {"prompt_tokens": ids.shape[1], "completion_tokens": len(expected)}
+        assert body["choices"][0]["finish_reason"] == ("stop" if expected[-1] == 2 else "length")
+    size = (tmp_path / "tiny/04_infer_interests/responses.jsonl").stat().st_size
+    assert infer(tmp_path, *arguments, "--answer-attempts", 1) == 0
+    assert (tmp_path / "tiny/04_infer_interests/responses.jsonl").stat().st_size == size
+    with pytest.raises(UserError, match="no config.json there"):
+        infer(tmp_path, "--llm", "local", "--model", tmp_path)
+
+
+@pytest.mark.slow
+def test_a_real_openai_compatible_server(tmp_path, llama):
+    """`transformers serve` on loopback: another implementation of the protocol accepts our requests and we read its answers."""
+    pytest.importorskip("openai", reason="transformers serve needs openai and accelerate")
+    pytest.importorskip("accelerate", reason="transformers serve needs openai and accelerate")
+    import socket
+
+    import requests
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    _, typical = dataset(tmp_path)
+    env = os.environ | {"HF_HUB_OFFLINE": "1"}
+    server = subprocess.Popen([sys.executable, "-m", "transformers.cli.transformers", "serve", str(llama), "--host", "127.0.0.1", "--port", str(port),
+                               "--device", "cpu"], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        deadline = time.monotonic() + 90
+        while True:
+            assert server.poll() is None and time.monotonic() < deadline, server.stdout.read().decode()[-3000:]
+            try:
+                requests.get(f"http://127.0.0.1:{port}/health", timeout=1)
+                break
+            except requests.ConnectionError:
+                time.sleep(0.3)
+        assert infer(tmp_path, "--llm", "openai", "--base-url", f"http://127.0.0.1:{port}/v1", "--model", llama, "--max-tokens", 16, "--concurrency", 2,
+                     "--answer-attempts", 1, "--max-fallback", 1) == 0
+    finally:
+        server.terminate()
+        server.wait(20)
+    answers = rows(tmp_path, "responses.jsonl")
+    assert len(answers) == len(typical) and all(r["response"]["body"]["object"] == "chat.completion" for r in answers)
+    assert all(r["response"]["body"]["usage"]["completion_tokens"] > 0 for r in answers)
+    assert {r["outcome"] for r in rows(tmp_path)} <= {"truncated", "unparsable", "repaired"}  # a random model seldom says what can be read
+    assert len(rows(tmp_path)) == len(typical) and all(r["interests"] for r in rows(tmp_path))

@@ -212,7 +212,8 @@ def _values(text, notes):
     while match := re.compile(r"[{\[]").search(body, position):
         reader = _Reader(body, match.start())
         value = reader.value(0)
-        if value:
+        whole = match.start() == 0 and reader.position == len(body)
+        if value and (whole or not reader.bare):  # words in brackets within prose are no list of interests
             values.append(value)
             cut = reader.cut
         position = max(reader.position, match.start() + 1)
@@ -234,6 +235,7 @@ class _Reader:
 
     def __init__(self, text, position):
         self.text, self.position, self.cut = text, position, False
+        self.bare = False  # an element of an array or set has no quotes
 
     def _skip(self):
         self.position = self.SPACE.match(self.text, self.position).end()
@@ -284,6 +286,7 @@ class _Reader:
                     key = key if isinstance(key, str) else json.dumps(key, ensure_ascii=False)
                     result[key if key not in result else f"{key}#{len(result)}"] = value
             elif key is not None:  # a set such as {"a", "b"}
+                self.bare |= here not in self.QUOTES
                 result[str(len(result) + 1)] = key
             if self.position == before:
                 self.position += 1
@@ -304,6 +307,7 @@ class _Reader:
                 continue
             before = self.position
             value = self.value(depth + 1)
+            self.bare |= isinstance(value, str) and here not in self.QUOTES
             if value is not None:
                 result.append(value)
             if self.position == before:

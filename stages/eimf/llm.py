@@ -293,6 +293,10 @@ class Local:
         if batch:
             yield from self._generate(batch)
 
+    def count(self, text):
+        """Tokens of a text."""
+        return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
     def _generate(self, batch):
         import torch
         body = batch[0].body

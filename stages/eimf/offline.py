@@ -54,15 +54,16 @@ class Summarizer:
                 members.setdefault(name, []).append(position)
             else:
                 loose.append(position)
+        grams = {p: self._grams(history[p]) for p in loose}
+        loose = [p for p in loose if grams[p]]
         while loose:
-            counts = Counter(gram for p in loose for gram in self._grams(history[p]))
-            if not counts:
-                break
+            counts = Counter(gram for p in loose for gram in grams[p])
             gram = max(counts, key=lambda g: (counts[g], sum(map(self.weight, g)), g))
-            covered = [p for p in loose if gram in self._grams(history[p])]
-            members.setdefault(names.setdefault(" ".join(gram), " ".join(gram)), []).extend(covered)
-            loose = [p for p in loose if p not in covered]
-        return sorted(((name, sorted(positions)) for name, positions in members.items()), key=lambda group: (-len(group[1]), -max(group[1]), group[0]))
+            name = names.setdefault(" ".join(gram), " ".join(gram))
+            members.setdefault(name, []).extend(p for p in loose if gram in grams[p])
+            loose = [p for p in loose if gram not in grams[p]]
+        groups = ((name, sorted(positions)) for name, positions in members.items())
+        return sorted(groups, key=lambda group: (-len(group[1]), -max(group[1]), group[0]))
 
     def _grams(self, item):
         tokens = words(clean_text(item["title"]))
