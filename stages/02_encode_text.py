@@ -32,7 +32,7 @@ def parse_arguments(argv):
     parser = artifacts.argument_parser(__doc__)
     add_encoder_arguments(parser)
     parser.add_argument("--fields", default="title",
-                        help=f"what stands for an item, joined in this order: any of {', '.join(FIELDS)}, with commas (paper: title)")
+                        help=f"what stands for an item, joined in this order: any of {', '.join(FIELDS)} (paper: title)")
     args = parser.parse_args(argv)
     unknown = [f for f in args.fields.split(",") if f not in FIELDS]
     if unknown:
@@ -71,8 +71,8 @@ def main(argv=None):
     source = stage.input("01_preprocess")
     if stage.is_done():
         return
-    encoder = TextEncoder(args.encoder, args.pooling, args.device, args.cache_dir or args.data_dir / "text_cache", args.batch_size,
-                          args.max_tokens, args.normalize, args.threads, args.allow_download)
+    encoder = TextEncoder(args.encoder, args.pooling, args.device, args.cache_dir or args.data_dir / "text_cache",
+                          args.batch_size, args.max_tokens, args.normalize, args.threads, args.allow_download)
     interactions = load_interactions(source)
     items = load_items(source)
     if len(items) != interactions.n_items + 1:
@@ -103,8 +103,8 @@ def main(argv=None):
     manifest = stage.finish(summary)
     stage.log.info(f"{counts['unique']} texts: {counts['encoded']} encoded, {counts['cached']} from the cache, "
                    f"{counts['truncated']} cut at {encoder.max_tokens} tokens")
-    stage.log.info(f"{summary['items_with_text']} of {summary['items']} items and {with_text} of {n_users} training users have text; "
-                   f"{encoder.dim} dimensions, {manifest['wall_seconds']:.1f} s")
+    stage.log.info(f"{summary['items_with_text']} of {summary['items']} items and {with_text} of {n_users} training users "
+                   f"have text; {encoder.dim} dimensions, {manifest['wall_seconds']:.1f} s")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """A local chat-completions server whose every answer, good or faulty, is chosen by the test."""
+
 import contextlib
 import json
 import socket
@@ -10,10 +11,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 def chat(content, finish_reason="stop", **message):
     """The JSON bytes of a chat completion."""
-    return json.dumps({"id": "chatcmpl-1", "object": "chat.completion", "model": "served-model",
-                       "choices": [{"index": 0, "finish_reason": finish_reason,
-                                    "message": {"role": "assistant", "content": content, **message}}],
-                       "usage": {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}}).encode()
+    return json.dumps(
+        {
+            "id": "chatcmpl-1",
+            "object": "chat.completion",
+            "model": "served-model",
+            "choices": [
+                {"index": 0, "finish_reason": finish_reason, "message": {"role": "assistant", "content": content, **message}}
+            ],
+            "usage": {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110},
+        }
+    ).encode()
 
 
 GOOD = '{"1": "gel pens", "2": "desk lamps"}'
@@ -52,6 +60,7 @@ class ChatServer:
                 finally:
                     with outer.lock:
                         outer.active -= 1
+
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
@@ -71,15 +80,17 @@ class ChatServer:
             handler.close_connection = True
             return
         handler.send_response(action.get("status", 200))
-        for name, value in ({"Content-Type": "application/json", "Content-Length": str(len(body))} | action.get("headers", {})).items():
+        for name, value in (
+            {"Content-Type": "application/json", "Content-Length": str(len(body))} | action.get("headers", {})
+        ).items():
             handler.send_header(name, value)
         handler.end_headers()
         if kind == "truncated":
-            handler.wfile.write(body[:len(body) // 2])
+            handler.wfile.write(body[: len(body) // 2])
             handler.close_connection = True
         elif kind == "drip":
             for i in range(len(body)):
-                handler.wfile.write(body[i:i + 1])
+                handler.wfile.write(body[i : i + 1])
                 handler.wfile.flush()
                 if self.closing.wait(0.1):
                     break

@@ -1,4 +1,5 @@
 """Fixtures that several test files use."""
+
 from pathlib import Path
 
 import pytest

@@ -1,4 +1,5 @@
 """Stage 04: what prompts see, where answers come from, and what happens when things go wrong."""
+
 import gzip
 import json
 import os
@@ -24,8 +25,10 @@ from eimf.llm import Journal, Request, record
 
 KEY = "sk-secret-0123456789abcdef"
 SCRIPT = "04_infer_interests.py"
-ITEMS = [{"title": f"Brand{i} {word} {i}", "categories": ["Office", word]} for i, word in
-         enumerate(["pen", "lamp", "chair", "paper", "ink", "desk", "glue", "tape"] * 3)] + [{"categories": ["Office", "Paper"]}]
+ITEMS = [
+    {"title": f"Brand{i} {word} {i}", "categories": ["Office", word]}
+    for i, word in enumerate(["pen", "lamp", "chair", "paper", "ink", "desk", "glue", "tape"] * 3)
+] + [{"categories": ["Office", "Paper"]}]
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +51,9 @@ def dataset(tmp_path, n_users=12, typical=None, kind="random", name="tiny"):
     events = histories(n_users)
     write_dataset(tmp_path, ITEMS, events, split, kind, name)
     typical = [u for u in range(n_users) if kind == "leave-one-out" or split[u] == 0] if typical is None else typical
-    finished_stage(tmp_path, name, "03_cluster_users", lambda f: save_array(f / "typical_users.npy", np.array(typical, dtype=np.int64)))
+    finished_stage(
+        tmp_path, name, "03_cluster_users", lambda f: save_array(f / "typical_users.npy", np.array(typical, dtype=np.int64))
+    )
     return events, typical
 
 
@@ -70,6 +75,7 @@ def prompt_of(line):
 
 # ---------------------------------------------------------------- what a prompt sees
 
+
 @pytest.mark.parametrize("kind", ["random", "file-order", "leave-one-out"])
 @pytest.mark.parametrize("prefix", [False, True])
 def test_prompts_hold_exactly_what_training_may_see(tmp_path, kind, prefix):
@@ -80,14 +86,16 @@ def test_prompts_hold_exactly_what_training_may_see(tmp_path, kind, prefix):
     assert len(requests) == len(typical) == len(seen)
     for line, user, (start, end) in zip(requests, typical, seen, strict=True):
         visible = events[user][:-2] if kind == "leave-one-out" else events[user]
-        visible = visible[:max(1, int(0.8 * len(visible)))] if prefix else visible
+        visible = visible[: max(1, int(0.8 * len(visible)))] if prefix else visible
         shown = re.search(r"\[(.*)\]", prompt_of(line))[1]
         assert shown == ", ".join(f"{ITEMS[i - 1]['title']} (I{i})" for i in visible if ITEMS[i - 1].get("title"))
         assert re.fullmatch(rf"tiny/U{user}#[0-9a-f]{{16}}", line["custom_id"])
         assert (line["method"], line["url"]) == ("POST", "/v1/chat/completions")
         assert offsets[user] <= start < end == offsets[user] + len(visible)
     report = load_json(tmp_path / "tiny/04_infer_interests/leakage.json")
-    assert report["prompts"] == len(typical) and report["held_out_positions"] == report["events_of_validation_and_test_users"] == 0
+    assert (
+        report["prompts"] == len(typical) and report["held_out_positions"] == report["events_of_validation_and_test_users"] == 0
+    )
 
 
 def test_typical_users_outside_training_are_refused(tmp_path):
@@ -101,6 +109,7 @@ def test_the_leakage_report_is_independent_of_the_ranges(tmp_path, monkeypatch):
     """A mistake in `training_ranges` is found: the report goes back to the split itself."""
     dataset(tmp_path, typical=[2, 3])
     from eimf.data import Interactions
+
     whole = Interactions.training_ranges
     monkeypatch.setattr(Interactions, "training_ranges", lambda self: (whole(self)[0], whole(self)[1] - 1, whole(self)[2]))
     with pytest.raises(UserError, match="must not.*events_of_other_users"):
@@ -113,12 +122,13 @@ def test_long_histories_keep_their_newest_items(tmp_path):
     for line, user in zip(rows(tmp_path, "requests.jsonl"), typical, strict=True):
         shown = [int(i) for i in re.findall(r"\(I(\d+)\)", prompt_of(line))]
         titled = [i for i in events[user] if ITEMS[i - 1].get("title")]
-        assert 0 < len(shown) < len(titled) and shown == titled[-len(shown):]
+        assert 0 < len(shown) < len(titled) and shown == titled[-len(shown) :]
         assert len(prompt_of(line)) / 4 <= 120
     assert load_json(tmp_path / "tiny/04_infer_interests/usage.json")["truncated_histories"] == 2
 
 
 # ---------------------------------------------------------------- offline
+
 
 def test_offline_is_deterministic_and_stamped(tmp_path):
     _, typical = dataset(tmp_path)
@@ -138,16 +148,31 @@ def test_offline_is_deterministic_and_stamped(tmp_path):
 
 def test_offline_phrases():
     from eimf.offline import Summarizer
-    items = [None] + [{"title": t, "categories": c, "brand": None} for t, c in [
-        ("Pilot G2 Gel Pen, Black", ["Office", "Pens"]), ("Pilot Retractable Gel Pen", ["Office", "Pens"]),
-        ("Uni Gel Pen Retractable", ["Office", "Pens"]), ("Pilot Pen Gel", ["Office", "Pens"]), ("Desk Lamp Retractable", ["Office", "Lamps"]),
-        ("Yoga mat purple", []), ("Yoga mat green", []), (None, ["Office", "Chairs"]), (None, [])]]
+
+    items = [None] + [
+        {"title": t, "categories": c, "brand": None}
+        for t, c in [
+            ("Pilot G2 Gel Pen, Black", ["Office", "Pens"]),
+            ("Pilot Retractable Gel Pen", ["Office", "Pens"]),
+            ("Uni Gel Pen Retractable", ["Office", "Pens"]),
+            ("Pilot Pen Gel", ["Office", "Pens"]),
+            ("Desk Lamp Retractable", ["Office", "Lamps"]),
+            ("Yoga mat purple", []),
+            ("Yoga mat green", []),
+            (None, ["Office", "Chairs"]),
+            (None, []),
+        ]
+    ]
     summarizer = Summarizer(items)
     history = [items[i] for i in (5, 1, 6, 3, 8, 7, 9)]
     groups = summarizer.groups(history)
     assert groups == [("yoga mat", [2, 5]), ("Pens", [1, 3]), ("Chairs", [4]), ("Lamps", [0])]  # larger, then more recent, first
     phrases = summarizer.interests(history)
-    assert phrases[1] == "Pens: Gel Retractable Pilot" or set(phrases[1].removeprefix("Pens: ").split()) == {"Gel", "Retractable", "Pilot"}
+    assert phrases[1] == "Pens: Gel Retractable Pilot" or set(phrases[1].removeprefix("Pens: ").split()) == {
+        "Gel",
+        "Retractable",
+        "Pilot",
+    }
     assert phrases[2] == "Chairs" and len(phrases) == 4
     assert Summarizer(items).interests([items[9]]) == []
 
@@ -156,18 +181,25 @@ def test_items_without_any_text_leave_the_user_without_interests(tmp_path):
     write_dataset(tmp_path, [{}, {}], [[1, 2, 1]] * 2, [0, 0])
     finished_stage(tmp_path, "tiny", "03_cluster_users", lambda f: save_array(f / "typical_users.npy", np.array([0, 1])))
     assert infer(tmp_path) == 4  # everybody is on the fallback
-    assert [(r["interests"], r["outcome"], r["notes"]) for r in rows(tmp_path)] == \
-        [([], "failed", ["no_text: no item of the history has text"])] * 2
+    assert [(r["interests"], r["outcome"], r["notes"]) for r in rows(tmp_path)] == [
+        ([], "failed", ["no_text: no item of the history has text"])
+    ] * 2
 
 
 # ---------------------------------------------------------------- recorded answers and batch files
+
 
 def write_batch(path, answers, **extra):
     opener = gzip.open if str(path).endswith(".gz") else open
     with opener(path, "wt") as file:
         for custom_id, content in answers.items():
             body = json.loads(chat(content))
-            file.write(json.dumps({"id": "b", "custom_id": custom_id, "response": {"status_code": 200, "body": body}, "error": None} | extra) + "\n")
+            file.write(
+                json.dumps(
+                    {"id": "b", "custom_id": custom_id, "response": {"status_code": 200, "body": body}, "error": None} | extra
+                )
+                + "\n"
+            )
     return path
 
 
@@ -176,13 +208,16 @@ def test_recorded_by_user(tmp_path):
     path = write_batch(tmp_path / "r.jsonl.gz", {"Other_Name/U2": GOOD, "Other_Name/U4": "I'm sorry, I cannot do that."})
     assert infer(tmp_path, "--llm", "recorded", "--responses", path, "--match", "user", "--max-fallback", 0.9) == 0
     found = rows(tmp_path)
-    titles = [list(dict.fromkeys(ITEMS[i - 1]["title"] for i in reversed(events[u]) if ITEMS[i - 1].get("title"))) for u in (3, 4)]
+    titles = [
+        list(dict.fromkeys(ITEMS[i - 1]["title"] for i in reversed(events[u]) if ITEMS[i - 1].get("title"))) for u in (3, 4)
+    ]
     assert found[0]["interests"] == ["gel pens", "desk lamps"] and (found[0]["outcome"], found[0]["source"]) == ("ok", "recorded")
     assert found[1]["interests"] == titles[0] and (found[1]["outcome"], found[1]["source"]) == ("failed", "titles")
     assert found[1]["notes"] == ["no_recording: no recorded answer, matched by user"]
     assert found[2]["interests"] == titles[1] and (found[2]["outcome"], found[2]["source"]) == ("refused", "titles")
     usage = load_json(tmp_path / "tiny/04_infer_interests/usage.json")
     assert usage["outcomes"] == {"failed": 1, "ok": 1, "refused": 1} and usage["fallback"] == 2
+    assert usage["failed_because"] == {"no_recording": 1}
     assert infer(tmp_path, "--llm", "recorded", "--responses", path, "--match", "user") == 4  # more than half on the fallback
 
 
@@ -200,13 +235,19 @@ def test_export_and_import_match_by_hash(tmp_path):
     _, typical = dataset(tmp_path, typical=[2, 3, 4, 5])
     model = ("--llm", "openai", "--base-url", "http://127.0.0.1:9/v1", "--model", "m")
     batch = tmp_path / "batch.jsonl"
-    assert infer(tmp_path, *model, "--export-requests", batch) == 0
+    assert not infer(tmp_path, *model, "--export-requests", batch)
+    assert not (tmp_path / "tiny/04_infer_interests").exists()
     lines = load_lines(batch)
     assert [set(line) for line in lines] == [{"custom_id", "method", "url", "body"}] * 4
     assert [set(line["body"]) for line in lines] == [{"model", "messages", "temperature", "max_tokens"}] * 4
-    answers = write_batch(tmp_path / "out.jsonl", {line["custom_id"]: '{"1": "%s"}' % f"taste of {line['custom_id'].split('#')[0]}" for line in lines[:3]})
+    answers = write_batch(
+        tmp_path / "out.jsonl",
+        {line["custom_id"]: '{"1": "%s"}' % f"taste of {line['custom_id'].split('#')[0]}" for line in lines[:3]},
+    )
     with open(answers, "a") as file:
-        file.write(json.dumps({"custom_id": lines[3]["custom_id"], "response": {"status_code": 500, "body": None}, "error": None}) + "\n")
+        file.write(
+            json.dumps({"custom_id": lines[3]["custom_id"], "response": {"status_code": 500, "body": None}, "error": None}) + "\n"
+        )
     assert infer(tmp_path, *model, "--import-responses", answers) == 3  # one is missing, nothing was called
     assert infer(tmp_path, *model, "--import-responses", answers, "--finish-anyway") == 0
     assert [r["interests"][0] for r in rows(tmp_path)][:3] == [f"taste of tiny/U{u}" for u in (2, 3, 4)]
@@ -234,6 +275,7 @@ def test_a_file_that_is_no_batch_output_is_named(tmp_path):
 
 # ---------------------------------------------------------------- the protocol and its faults
 
+
 def test_only_the_protocols_fields_are_sent(tmp_path, monkeypatch):
     dataset(tmp_path, typical=[2, 3])
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
@@ -242,7 +284,9 @@ def test_only_the_protocols_fields_are_sent(tmp_path, monkeypatch):
     assert len(server.calls) == 2
     for (_, body), (path, headers) in zip(server.calls, server.headers, strict=True):
         assert set(body) == {"model", "messages", "temperature", "max_tokens"} and path == "/v1/chat/completions"
-        assert (body["model"], body["temperature"], body["max_tokens"]) == ("m", 0.3, 50) and headers["Authorization"] == f"Bearer {KEY}"
+        assert (body["model"], body["temperature"], body["max_tokens"]) == ("m", 0.3, 50) and headers[
+            "Authorization"
+        ] == f"Bearer {KEY}"
     usage = load_json(tmp_path / "tiny/04_infer_interests/usage.json")
     assert (usage["prompt_tokens"], usage["completion_tokens"], usage["outcomes"]) == (200, 20, {"ok": 2})
     assert rows(tmp_path)[0]["model"] == "served-model"
@@ -258,6 +302,7 @@ def fail_first(action):
             first = text not in seen
             seen.add(text)
         return action if first else GOOD
+
     return behave
 
 
@@ -274,7 +319,10 @@ FAULTS = {
     "truncated body": {"kind": "truncated", "body": chat(GOOD)},
     "cut JSON": {"body": chat(GOOD)[:80]},
     "wrong content type": {"body": b"plain words", "headers": {"Content-Type": "text/plain"}},
-    "HTML error page": {"body": b"<html><title>502</title><body>Bad gateway</body></html>", "headers": {"Content-Type": "text/html"}},
+    "HTML error page": {
+        "body": b"<html><title>502</title><body>Bad gateway</body></html>",
+        "headers": {"Content-Type": "text/html"},
+    },
     "HTML with status 502": {"status": 502, "body": b"<html>Bad gateway</html>", "headers": {"Content-Type": "text/html"}},
     "JSON but no completion": {"body": b'{"choices": []}'},
     "error in a 200": {"body": b'{"error": {"message": "busy"}}'},
@@ -286,17 +334,23 @@ FAULTS = {
 def test_every_transient_fault_is_overcome(tmp_path, fault):
     _, typical = dataset(tmp_path)
     with ChatServer(fail_first(FAULTS[fault])) as server:
-        assert infer(tmp_path, *online(server, "--read-timeout", 0.5)) == 0
+        assert infer(tmp_path, *online(server, "--read-timeout", 0.3)) == 0
     assert {(r["outcome"], r["source"]) for r in rows(tmp_path)} == {("ok", "openai")} and len(rows(tmp_path)) == len(typical)
     assert len(server.calls) == 2 * len(typical)
     calls = load_json(tmp_path / "tiny/04_infer_interests/manifest.json")["summary"]["calls"]
     limited = fault in ("503",) or fault.startswith("429")
-    assert calls == {"calls": 2 * len(typical), "failed": 0, "retries": 0 if limited else len(typical),
-                     "rate_limited": len(typical) if limited else 0}
+    assert calls == {
+        "calls": 2 * len(typical),
+        "failed": 0,
+        "retries": 0 if limited else len(typical),
+        "rate_limited": len(typical) if limited else 0,
+    }
 
 
-@pytest.mark.parametrize("content,outcome", [
-    ("I'm sorry, but I cannot help with that.", "refused"), ("```json\n" + GOOD + "\n```", "repaired"), ("Hmm?", "unparsable")])
+@pytest.mark.parametrize(
+    "content,outcome",
+    [("I'm sorry, but I cannot help with that.", "refused"), ("```json\n" + GOOD + "\n```", "repaired"), ("Hmm?", "unparsable")],
+)
 def test_outcomes_of_answers(tmp_path, content, outcome):
     dataset(tmp_path, typical=[2, 3])
     with ChatServer(lambda n, body: content) as server:
@@ -328,6 +382,7 @@ def test_truncated_filtered_and_refused_by_field(tmp_path):
         if place == 3:
             return {"status": 400, "body": b'{"error": {"code": "data_inspection_failed", "message": "inappropriate content"}}'}
         return {"body": answers[place]}
+
     with ChatServer(behave) as server:
         assert infer(tmp_path, *online(server, "--concurrency", 1, "--max-fallback", 1)) == 0
     assert [r["outcome"] for r in rows(tmp_path)] == ["ok", "truncated", "refused", "refused"]
@@ -343,6 +398,7 @@ def test_a_request_the_server_rejects_is_recorded_not_repeated(tmp_path):
         if number == 1:
             return {"status": 400, "body": b'{"error": {"message": "maximum context length is 10 tokens"}}'}
         return GOOD
+
     with ChatServer(behave) as server:
         assert infer(tmp_path, *online(server, "--concurrency", 1)) == 0
         assert len(server.calls) == 3
@@ -361,6 +417,7 @@ def test_response_format_is_dropped_when_refused(tmp_path):
         if "response_format" in body:
             return {"status": 400, "body": b'{"error": {"message": "response_format is not supported"}}'}
         return GOOD
+
     with ChatServer(behave) as server:
         assert infer(tmp_path, *online(server, "--json-mode", "--concurrency", 2)) == 0
     assert server.calls[0][1]["response_format"] == {"type": "json_object"}
@@ -376,6 +433,7 @@ def test_retry_after_holds_all_calls(tmp_path):
 
     def behave(number, body):
         return {"status": 429, "headers": {"Retry-After": "1"}} if number == 3 else {"body": chat(GOOD), "delay": 0.05}
+
     with ChatServer(behave) as server:
         assert infer(tmp_path, *online(server, "--concurrency", 2)) == 0
     times = [t for t, _ in server.calls]
@@ -394,6 +452,7 @@ def test_concurrency_adapts_to_the_server(tmp_path):
             refused.append(number)
             return {"status": 429}
         return {"body": chat(GOOD), "delay": 0.02}
+
     server.behave = behave
     with server:
         assert infer(tmp_path, *online(server, "--concurrency", 32)) == 0
@@ -412,6 +471,7 @@ def test_a_rate_limit_is_never_a_failure(tmp_path):
 
 
 # ---------------------------------------------------------------- giving up
+
 
 def stops(tmp_path, capsys, server, *arguments):
     assert infer(tmp_path, *online(server, *arguments)) == 3
@@ -479,6 +539,7 @@ def test_a_redirect_is_not_followed(tmp_path, capsys, monkeypatch):
 
 # ---------------------------------------------------------------- cost
 
+
 def test_max_requests_is_exact(tmp_path, capsys):
     _, typical = dataset(tmp_path, n_users=50)
     with ChatServer(lambda n, body: {"body": chat(GOOD), "delay": 0.01}) as server:
@@ -490,7 +551,14 @@ def test_max_requests_is_exact(tmp_path, capsys):
 
 def test_max_cost_is_not_exceeded(tmp_path, capsys):
     dataset(tmp_path, n_users=100)
-    prices = ("--price-in", 10, "--price-out", 1000, "--max-tokens", 10)  # an answer costs 100 * 10 + 10 * 1000 millionths = 0.011
+    prices = (
+        "--price-in",
+        10,
+        "--price-out",
+        1000,
+        "--max-tokens",
+        10,
+    )  # an answer costs 100 * 10 + 10 * 1000 millionths = 0.011
     with ChatServer(lambda n, body: {"body": chat(GOOD), "delay": 0.01}) as server:
         shown = stops(tmp_path, capsys, server, *prices, "--max-cost", 0.2)
     assert "--max-cost 0.2 would be exceeded" in shown
@@ -513,6 +581,7 @@ def test_dry_run_writes_and_calls_nothing(tmp_path, capsys):
 
 
 # ---------------------------------------------------------------- the journal
+
 
 def test_a_journal_cut_in_the_middle_of_a_line(tmp_path):
     requests = [Request(f"d/u{i}", {"model": "m", "n": i}) for i in range(3)]
@@ -553,8 +622,13 @@ def test_keys_cover_model_messages_and_parameters_only():
     body = {"model": "m", "messages": [{"role": "user", "content": "a"}], "temperature": 0.0, "max_tokens": 5}
     key = Request("a/b", body, "b").key
     assert Request("other/user", dict(reversed(body.items())), "user", ({"title": "x"},)).key == key
-    changed = [body | {"model": "n"}, body | {"temperature": 0.1}, body | {"max_tokens": 6}, body | {"response_format": {"type": "json_object"}},
-               body | {"messages": [{"role": "user", "content": "a "}]}]
+    changed = [
+        body | {"model": "n"},
+        body | {"temperature": 0.1},
+        body | {"max_tokens": 6},
+        body | {"response_format": {"type": "json_object"}},
+        body | {"messages": [{"role": "user", "content": "a "}]},
+    ]
     assert len({key, *(Request("a/b", b).key for b in changed)}) == 6 and re.fullmatch("[0-9a-f]{64}", key)
 
 
@@ -564,8 +638,17 @@ def test_killed_and_run_again(tmp_path):
 
     def behave(number, body):
         return {"body": chat('{"1": "taste %d"}' % (hash(body["messages"][0]["content"]) % 1000)), "delay": 0.03}
+
     with ChatServer(behave) as server:
-        command = [sys.executable, str(STAGES / SCRIPT), "--data-dir", str(tmp_path), "--dataset", "tiny", *map(str, online(server))]
+        command = [
+            sys.executable,
+            str(STAGES / SCRIPT),
+            "--data-dir",
+            str(tmp_path),
+            "--dataset",
+            "tiny",
+            *map(str, online(server)),
+        ]
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         journal = tmp_path / "tiny/04_infer_interests/responses.jsonl"
         deadline = time.monotonic() + 60
@@ -591,7 +674,9 @@ def test_reparse_calls_nothing(tmp_path, monkeypatch):
     with ChatServer(lambda n, body: "no JSON; tastes: gel pens") as server:
         assert infer(tmp_path, *online(server, "--max-fallback", 1)) == 0
     assert {r["outcome"] for r in rows(tmp_path)} == {"unparsable"}
-    monkeypatch.setattr(eimf.prompts, "parse_interests", lambda text, reason: parse_interests(json.dumps({"1": text.split(": ")[1]}), reason))
+    monkeypatch.setattr(
+        eimf.prompts, "parse_interests", lambda text, reason: parse_interests(json.dumps({"1": text.split(": ")[1]}), reason)
+    )
     assert infer(tmp_path, *online(server, "--reparse")) == 0  # the server is closed: a call would fail
     assert [(r["outcome"], r["interests"]) for r in rows(tmp_path)] == [("ok", ["gel pens"])] * 3
 
@@ -620,6 +705,7 @@ def test_shards_split_the_work_and_are_joined(tmp_path):
 
 # ---------------------------------------------------------------- prompts of one's own, the second task
 
+
 def test_prompt_file(tmp_path):
     events, _ = dataset(tmp_path, typical=[2])
     path = tmp_path / "prompt.txt"
@@ -642,6 +728,7 @@ def test_partition_task(tmp_path):
         n = len(re.findall(r"^\d+\. ", body["messages"][0]["content"], re.M))
         reply = next(replies)
         return reply % list(range(2, n + 1)) if "%s" in reply else reply
+
     with ChatServer(behave) as server:
         assert infer(tmp_path, *online(server, "--task", "partition", "--concurrency", 1, "--max-fallback", 1)) == 0
     found = rows(tmp_path, "partition/groups.jsonl")
@@ -659,9 +746,10 @@ def test_partition_task(tmp_path):
 
 # ---------------------------------------------------------------- the key
 
+
 def test_the_key_is_nowhere(tmp_path, capsys):
     """The server echoes the key in answers and errors; neither files, output, nor the process list hold it."""
-    _, typical = dataset(tmp_path, n_users=30)
+    dataset(tmp_path, n_users=14)
     key_file = tmp_path.parent / f"{tmp_path.name}.key"
     key_file.write_text(KEY + "\n")
     shown = []
@@ -677,9 +765,17 @@ def test_the_key_is_nowhere(tmp_path, capsys):
         if number % 3 == 2:
             return {"status": 400, "body": json.dumps({"error": {"message": f"rejected {KEY}"}}).encode()}
         return json.dumps({"1": f"taste for {KEY}", "2": "pens"})
+
     with ChatServer(behave) as server:
-        done = run_stage(SCRIPT, "--data-dir", tmp_path, "--dataset", "tiny", *online(server, "--api-key-file", key_file, "--max-fallback", 1,
-                                                                                       "--concurrency", 2), check=False)
+        done = run_stage(
+            SCRIPT,
+            "--data-dir",
+            tmp_path,
+            "--dataset",
+            "tiny",
+            *online(server, "--api-key-file", key_file, "--max-fallback", 1, "--concurrency", 2),
+            check=False,
+        )
     assert done.returncode == 0 and all(h["Authorization"] == f"Bearer {KEY}" for _, h in server.headers)
     written = b"".join(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
     assert b"[key]" in written and b"taste for" in written
@@ -706,7 +802,11 @@ def test_endpoints(monkeypatch, tmp_path):
         find(None, "m", None)
     monkeypatch.setenv("DASHSCOPE_API_KEY", "dash")
     assert find(None, None, None) == (eimf.chat.DASHSCOPE, "qwen-turbo", "dash")
-    assert find("http://localhost:8000/v1/", "m", None) == ("http://localhost:8000/v1", "m", None)  # its key goes to no other host
+    assert find("http://localhost:8000/v1/", "m", None) == (
+        "http://localhost:8000/v1",
+        "m",
+        None,
+    )  # its key goes to no other host
     monkeypatch.setenv("OPENAI_API_KEY", "open")
     assert find(None, "m", None) == (eimf.chat.OPENAI, "m", "open") and find(eimf.chat.DASHSCOPE, "q", None)[2] == "dash"
     with pytest.raises(UserError, match="needs --model NAME"):
@@ -715,8 +815,18 @@ def test_endpoints(monkeypatch, tmp_path):
         find("localhost:8000", "m", None)
 
 
-@pytest.mark.parametrize("arguments", [("--max-cost", "1"), ("--shard", "4/3"), ("--llm", "recorded"), ("--users", "all"), ("--attempts", "0"),
-                                       ("--api-key", "x"), ("--llm", "other")])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--max-cost", "1"),
+        ("--shard", "4/3"),
+        ("--llm", "recorded"),
+        ("--users", "all"),
+        ("--attempts", "0"),
+        ("--api-key", "x"),
+        ("--llm", "other"),
+    ],
+)
 def test_wrong_arguments_exit_2(arguments, capsys):
     with pytest.raises(SystemExit) as exit_:
         call_stage(SCRIPT, *arguments)
@@ -725,12 +835,16 @@ def test_wrong_arguments_exit_2(arguments, capsys):
 
 # ---------------------------------------------------------------- the recorded answers for Office
 
+
 @pytest.mark.slow
 def test_recorded_office_answers(shared, tmp_path):
     """Every recorded answer parses strictly; any choice of typical users finds its own."""
     path = shared / "llm/Office_Products.responses.jsonl.gz"
     with gzip.open(path, "rt") as file:
-        recorded = {(d := json.loads(line))["custom_id"].split("/")[1]: d["response"]["body"]["choices"][0]["message"]["content"] for line in file}
+        recorded = {
+            (d := json.loads(line))["custom_id"].split("/")[1]: d["response"]["body"]["choices"][0]["message"]["content"]
+            for line in file
+        }
     users = sorted(recorded)
     write_dataset(tmp_path, ITEMS, [[1, 2, 3, 4, 5]] * len(users), [0] * len(users), dataset="office")
     (tmp_path / "office/01_preprocess/users.txt").write_text("\n".join(users) + "\n")
@@ -748,21 +862,35 @@ def test_recorded_office_answers(shared, tmp_path):
 
 # ---------------------------------------------------------------- real models and a real server
 
+
 def make_tiny_llama(folder):
     """A randomly initialised Llama of one layer with a word tokenizer and a chat template."""
     import torch
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers
-    words = ["<unk>", "<s>", "</s>", "<|user|>", "<|assistant|>", *"{}[]\":,.0123456789 abcdefghijklmnopqrstuvwxyz"]
+
+    words = ["<unk>", "<s>", "</s>", "<|user|>", "<|assistant|>", *'{}[]":,.0123456789 abcdefghijklmnopqrstuvwxyz']
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
-                                                pad_token="</s>")
-    fast.chat_template = "{% for m in messages %}<|user|>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+    fast.chat_template = (
+        "{% for m in messages %}<|user|>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
     fast.save_pretrained(folder)
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-                                      max_position_embeddings=4096, bos_token_id=1, eos_token_id=2, pad_token_id=2)
+    config = transformers.LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=4096,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
@@ -776,8 +904,22 @@ def test_local_model(tmp_path, llama):
     """The texts equal transformers' own greedy generation of each prompt alone; usage is counted; answers are journaled by model."""
     import torch
     import transformers
+
     _, typical = dataset(tmp_path, typical=[2, 3, 4])
-    arguments = ("--llm", "local", "--model", llama, "--max-tokens", 12, "--batch-size", 2, "--device", "cpu", "--max-fallback", 1)
+    arguments = (
+        "--llm",
+        "local",
+        "--model",
+        llama,
+        "--max-tokens",
+        12,
+        "--batch-size",
+        2,
+        "--device",
+        "cpu",
+        "--max-fallback",
+        1,
+    )
     assert infer(tmp_path, *arguments, "--answer-attempts", 1) == 0
     tokenizer = transformers.AutoTokenizer.from_pretrained(llama)
     model = transformers.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
@@ -786,7 +928,7 @@ def test_local_model(tmp_path, llama):
         text = tokenizer.apply_chat_template(line["body"]["messages"], tokenize=False, add_generation_prompt=True)
         ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
         with torch.no_grad():
-            expected = model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1]:]
+            expected = model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
         body = found[line["custom_id"]]["response"]["body"]
         assert body["choices"][0]["message"]["content"] == tokenizer.decode(expected, skip_special_tokens=True)
         assert body["usage"] == {"prompt_tokens": ids.shape[1], "completion_tokens": len(expected)}
@@ -806,12 +948,29 @@ def test_a_real_openai_compatible_server(tmp_path, llama):
     import socket
 
     import requests
+
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     _, typical = dataset(tmp_path)
     env = os.environ | {"HF_HUB_OFFLINE": "1"}
-    server = subprocess.Popen([sys.executable, "-m", "transformers.cli.transformers", "serve", str(llama), "--host", "127.0.0.1", "--port", str(port),
-                               "--device", "cpu"], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    server = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "transformers.cli.transformers",
+            "serve",
+            str(llama),
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--device",
+            "cpu",
+        ],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     try:
         deadline = time.monotonic() + 90
         while True:
@@ -821,13 +980,35 @@ def test_a_real_openai_compatible_server(tmp_path, llama):
                 break
             except requests.ConnectionError:
                 time.sleep(0.3)
-        assert infer(tmp_path, "--llm", "openai", "--base-url", f"http://127.0.0.1:{port}/v1", "--model", llama, "--max-tokens", 16, "--concurrency", 2,
-                     "--answer-attempts", 1, "--max-fallback", 1) == 0
+        assert (
+            infer(
+                tmp_path,
+                "--llm",
+                "openai",
+                "--base-url",
+                f"http://127.0.0.1:{port}/v1",
+                "--model",
+                llama,
+                "--max-tokens",
+                16,
+                "--concurrency",
+                2,
+                "--answer-attempts",
+                1,
+                "--max-fallback",
+                1,
+            )
+            == 0
+        )
     finally:
         server.terminate()
         server.wait(20)
     answers = rows(tmp_path, "responses.jsonl")
     assert len(answers) == len(typical) and all(r["response"]["body"]["object"] == "chat.completion" for r in answers)
     assert all(r["response"]["body"]["usage"]["completion_tokens"] > 0 for r in answers)
-    assert {r["outcome"] for r in rows(tmp_path)} <= {"truncated", "unparsable", "repaired"}  # a random model seldom says what can be read
+    assert {r["outcome"] for r in rows(tmp_path)} <= {
+        "truncated",
+        "unparsable",
+        "repaired",
+    }  # a random model seldom says what can be read
     assert len(rows(tmp_path)) == len(typical) and all(r["interests"] for r in rows(tmp_path))

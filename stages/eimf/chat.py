@@ -1,9 +1,10 @@
 """The `openai` back end: any server that speaks the OpenAI chat protocol, through `requests` and threads.
 
-Sent are model, messages, temperature, max_tokens and, where asked for, response_format; the last is dropped when the server refuses it.
+Sent are model, messages, temperature, max_tokens and, where asked for, response_format; the last is dropped when the server
+refuses it.
 
-- Concurrency adapts: the first request goes alone, repeated calls included; then half of the maximum, one more for each success; halved when the
-  server says it is overloaded (429, 503, 529) or does not answer in time.
+- Concurrency adapts: the first request goes alone, repeated calls included; then half of the maximum, one more for each
+  success; halved when the server says it is overloaded (429, 503, 529) or does not answer in time.
 - A rate limit is no failure: such calls wait (Retry-After, else exponential back-off with jitter) and use up no attempt.
   Only after `patience` seconds without any success does the run stop.
 - Other transient faults (5xx, time-outs, resets, truncated or foreign bodies) are tried `attempts` times.
@@ -48,9 +49,12 @@ def check_base_url(url):
 
 
 def find_endpoint(base_url, model, key_file):
-    """(base URL, model, key or None) from the arguments, OPENAI_API_KEY and DASHSCOPE_API_KEY. Raises UserError when one is missing."""
+    """(base URL, model, key or None) from the arguments, OPENAI_BASE_URL, OPENAI_API_KEY and DASHSCOPE_API_KEY.
+
+    Raises UserError when one is missing.
+    """
     openai, dashscope = os.environ.get("OPENAI_API_KEY"), os.environ.get("DASHSCOPE_API_KEY")
-    url = check_base_url(base_url or (DASHSCOPE if dashscope and not openai else OPENAI))
+    url = check_base_url(base_url or os.environ.get("OPENAI_BASE_URL") or (DASHSCOPE if dashscope and not openai else OPENAI))
     at_dashscope = urllib.parse.urlsplit(url).hostname.endswith("aliyuncs.com")
     key = dashscope or openai if at_dashscope else openai  # DashScope's key goes to no other host
     if key_file:
@@ -58,8 +62,8 @@ def find_endpoint(base_url, model, key_file):
             raise UserError(f"--api-key-file {key_file}: no such file")
         key = key_file.read_text(encoding="utf-8", errors="replace").strip()
     if not key and url in (OPENAI, DASHSCOPE):
-        raise UserError(f"no key for {url}: set OPENAI_API_KEY or DASHSCOPE_API_KEY, give --api-key-file, or --base-url for a server of "
-                        "your own")
+        raise UserError(f"no key for {url}: set OPENAI_API_KEY or DASHSCOPE_API_KEY, give --api-key-file, or --base-url for a "
+                        "server of your own")
     model = model or ("qwen-turbo" if at_dashscope else None)
     if not model:
         raise UserError(f"--llm openai at {url} needs --model NAME")
@@ -130,8 +134,8 @@ class Budget:
                 raise Stopped(f"--max-requests {self.max_requests} reached")
             total = self.spent + self.lost + self.reserved + amount
             if self.max_cost is not None and total > self.max_cost:
-                raise Stopped(f"--max-cost {self.max_cost:g} would be exceeded: spent {self.spent:.4f}, perhaps billed without an "
-                              f"answer {self.lost:.4f}, in flight at most {self.reserved:.4f}, next call at most {amount:.4f}")
+                raise Stopped(f"--max-cost {self.max_cost:g} would be exceeded: spent {self.spent:.4f}, perhaps billed without "
+                              f"an answer {self.lost:.4f}, in flight at most {self.reserved:.4f}, next at most {amount:.4f}")
             self.calls += 1
             self.reserved += amount
         return amount
@@ -148,7 +152,10 @@ class Budget:
 
 
 class ChatClient:
-    """See the module's docstring. key None sends no Authorization header. Seconds: connect_timeout, timeout (whole answer), patience."""
+    """See the module's docstring. key None sends no Authorization header.
+
+    In seconds: connect_timeout, timeout (for a whole answer), patience.
+    """
     source = "openai"
 
     def __init__(self, base_url, model, key=None, concurrency=32, attempts=6, connect_timeout=10.0, timeout=120.0, patience=900.0,
@@ -299,7 +306,7 @@ class ChatClient:
                 return None
             lower = message.lower()
             if status in (401, 402) or (status in (403, 404) and not self.succeeded) or any(word in lower for word in NO_MONEY):
-                self._stop(f"{self.url} answered {status}: {message}. Check the key, the account, the model's name and --base-url")
+                self._stop(f"{self.url} answered {status}: {message}. Check the key, the account, the model and --base-url")
                 return None
             if status in (400, 422) and "response_format" in body:
                 plain = True
@@ -316,15 +323,18 @@ class ChatClient:
                 self._count("rate_limited")
                 idle = time.monotonic() - self.last_success
                 if idle + (wait or 0) > self.patience:
-                    self._stop(f"{self.url} answered {status} ({message[:120]})" + (f" and asks to wait {wait:.0f} s" if wait else "")
-                               + f"; no answer for {idle:.0f} s, more than --patience {self.patience:g} allows. Run again later")
+                    asks = f" and asks to wait {wait:.0f} s" if wait else ""
+                    self._stop(f"{self.url} answered {status} ({message[:120]}){asks}; no answer for {idle:.0f} s, and "
+                               f"--patience is {self.patience:g}. Run again later")
                     return None
             else:
                 attempt += 1
                 if attempt >= self.attempts:
                     return self._failed(request, "transport", message if status in (None, 200) else f"{status}: {message}")
                 self._count("retries")
-            delay = wait if wait is not None else min(MAX_BACK_OFF, BACK_OFF * 2 ** (attempt + limited - 1)) * random.uniform(0.5, 1)
+            delay = wait
+            if wait is None:
+                delay = min(MAX_BACK_OFF, BACK_OFF * 2 ** min(attempt + limited - 1, 30)) * random.uniform(0.5, 1)
             self.stopping.wait(min(delay, self.patience))
 
     def _failed(self, request, code, message, transport=True):
@@ -333,8 +343,8 @@ class ChatClient:
             self.counts["failed"] += 1
             failures, never = self.failures, not self.succeeded
         if transport and never:
-            self._stop(f"{self.url} gave no answer to the first request in {self.attempts} attempts: {message}. Is the server up and "
-                       "--base-url right (it usually ends in /v1)?")
+            self._stop(f"{self.url} gave no answer to the first request in {self.attempts} attempts: {message}. Is the server up "
+                       "and --base-url right (it usually ends in /v1)?")
         elif failures >= self.give_up_after:
             self._stop(f"{failures} requests in a row failed, the last with: {message}")
         return record(request, None, self.source, {"code": code, "message": message})
@@ -392,7 +402,8 @@ def _fault(error):
     names = {requests.ConnectTimeout: "connecting timed out", requests.ReadTimeout: "no complete answer in time",
              requests.exceptions.SSLError: "TLS failed", requests.exceptions.ProxyError: "the proxy failed"}
     inner = error.args[0] if error.args else ""
-    detail = inner if isinstance(inner, str) and re.fullmatch(r"[\w ]{3,40}", inner) else type(getattr(inner, "reason", inner)).__name__
+    plain = isinstance(inner, str) and re.fullmatch(r"[\w ]{3,40}", inner)
+    detail = inner if plain else type(getattr(inner, "reason", inner)).__name__
     return names.get(type(error), f"connection failed ({detail})")
 
 
