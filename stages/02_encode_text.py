@@ -22,7 +22,7 @@ import scipy.sparse
 from eimf import artifacts
 from eimf.artifacts import Stage, UserError, save_array, save_json, save_lines
 from eimf.data import load_interactions, load_items, range_positions
-from eimf.encoder import TextEncoder, add_encoder_arguments
+from eimf.encoder import TextEncoder, add_encoder_arguments, find_model, model_files
 from eimf.interests import clean_text
 
 FIELDS = ("title", "brand", "categories")
@@ -69,6 +69,8 @@ def main(argv=None):
     args = parse_arguments(argv)
     stage = Stage("02_encode_text", args)
     source = stage.input("01_preprocess")
+    model = find_model(args.encoder, args.allow_download)
+    stage.inputs |= {f"encoder/{name}": digest for name, digest in model_files(model).items()}
     if stage.is_done():
         return
     encoder = TextEncoder(args.encoder, args.pooling, args.device, args.cache_dir or args.data_dir / "text_cache",

@@ -213,6 +213,13 @@ def test_skip_done_and_second_data_set(tmp_path, bert, capsys):
     encode(tmp_path, bert)
     encode(tmp_path, bert, "--skip-done")
     assert "skipped" in capsys.readouterr().out
+    config = bert / "tokenizer_config.json"
+    old = config.read_text()
+    config.write_text(old + "\n")
+    encode(tmp_path, bert, "--skip-done")
+    assert "running, input encoder/tokenizer_config.json changed" in capsys.readouterr().out
+    config.write_text(old)
+    encode(tmp_path, bert)
     write_dataset(tmp_path, [*ITEMS, {"title": "office paper"}], HISTORIES, [0] * 5, dataset="second")
     call_stage("02_encode_text.py", "--data-dir", tmp_path, "--dataset", "second", "--encoder", bert, "--device", "cpu")
     summary = load_json(tmp_path / "second/02_encode_text/manifest.json")["summary"]

@@ -669,6 +669,21 @@ def test_killed_and_run_again(tmp_path):
     assert [r["interests"] for r in found] == [r["interests"] for r in rows(tmp_path, name="whole")]
 
 
+def test_an_interrupt_keeps_the_answers_in_flight(tmp_path):
+    """Ctrl-C: no new call, and what was under way (and is paid for) is journaled."""
+    dataset(tmp_path, n_users=100)
+    with ChatServer(lambda n, body: {"body": chat(GOOD), "delay": 0.05 if n < 5 else 1.5}) as server:
+        command = [sys.executable, str(STAGES / SCRIPT), "--data-dir", str(tmp_path), "--dataset", "tiny", *map(str, online(server))]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 60
+        while len(server.calls) < 9 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        shown = process.communicate(timeout=30)[1]
+    assert process.returncode == 3 and "interrupted: waiting for the calls in flight" in shown and "Traceback" not in shown
+    assert len(rows(tmp_path, "responses.jsonl")) == len(server.calls) < 80
+
+
 def test_reparse_calls_nothing(tmp_path, monkeypatch):
     dataset(tmp_path, typical=[2, 3, 4])
     with ChatServer(lambda n, body: "no JSON; tastes: gel pens") as server:

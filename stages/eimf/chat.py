@@ -127,8 +127,10 @@ class Budget:
 
     def reserve(self, body):
         """Largest cost of the call, now reserved. Raises Stopped when it does not fit."""
-        tokens = sum(self.count(message["content"]) + 8 for message in body["messages"])
-        amount = self.cost(1.25 * tokens, body["max_tokens"])
+        amount = 0.0
+        if self.price_in or self.price_out:
+            tokens = sum(self.count(message["content"]) + 8 for message in body["messages"])
+            amount = self.cost(1.25 * tokens, body["max_tokens"])
         with self.lock:
             if self.max_requests is not None and self.calls >= self.max_requests:
                 raise Stopped(f"--max-requests {self.max_requests} reached")
@@ -207,7 +209,14 @@ class ChatClient:
         running = len(threads)
         try:
             while running:
-                item = results.get()
+                try:
+                    item = results.get()
+                except KeyboardInterrupt:
+                    if self.stopping.is_set():  # the second time
+                        raise
+                    self.log("interrupted: waiting for the calls in flight, interrupt again to drop them")
+                    self._stop("interrupted")
+                    continue
                 if item is None:
                     running -= 1
                 elif isinstance(item, BaseException):

@@ -84,6 +84,11 @@ def find_model(name, allow_download=False):
                         "folder and pass it with --encoder FOLDER, or repeat with --allow-download and a connection") from None
 
 
+def model_files(folder):
+    """{file name: SHA-256} of what determines a model's vectors: weights, configuration, tokenizer."""
+    return {p.name: sha256(p) for p in sorted(folder.iterdir()) if p.name in IDENTITY_FILES or p.suffix == ".safetensors"}
+
+
 def pick_device(name):
     """torch.device of `auto`, `cpu`, `cuda` or `cuda:N`; auto is CUDA when there is one."""
     import torch
@@ -124,8 +129,7 @@ class TextEncoder:
         self.max_tokens = min(n for n in limits if n)
         self.identity = {
             "version": VECTOR_VERSION, "pooling": pooling, "normalize": normalize, "max_tokens": self.max_tokens,
-            "files": {p.name: sha256(p) for p in sorted(folder.iterdir())
-                      if p.name in IDENTITY_FILES or p.suffix == ".safetensors"},
+            "files": model_files(folder),
         }
         self.fingerprint = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
         self.cache = _Cache(cache, self.fingerprint, self.dim)

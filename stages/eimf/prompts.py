@@ -1,4 +1,6 @@
 """Which prompts a run asks, over which events, and the proof that they saw nothing else. Used by 04_infer_interests."""
+import threading
+
 import numpy as np
 
 from .artifacts import UserError
@@ -18,7 +20,12 @@ def token_counter(folder):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise UserError(f"--tokenizer {folder}: {str(error).splitlines()[0]}") from None
-    return lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    lock = threading.Lock()  # a tokenizer is not made for several threads
+
+    def count(text):
+        with lock:
+            return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return count
 
 
 class Prompts:
