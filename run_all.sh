@@ -84,11 +84,11 @@ run 03_cluster_users --skip-done
 run 04_infer_interests --skip-done --llm "$llm" $llm_args
 run 05_encode_interests --skip-done
 if within 6; then
-  { echo "--backbone pop"
-    for ((seed = 0; seed < seeds; seed++)); do
-      echo "--backbone $backbone --seed $seed $train_args"
+  { echo --backbone pop
+    for ((seed = 0; seed < seeds; seed++)); do  # unquoted: a blank at a line's end would join it to the next
+      echo --backbone "$backbone" --seed $seed $train_args
       for control in "" ${controls:+"--control random-text" "--control shuffled-clusters"}; do
-        echo "--backbone $backbone --seed $seed --eimf $control $train_args"
+        echo --backbone "$backbone" --seed $seed --eimf $control $train_args
       done
     done
   } | xargs -t -L 1 -P "$jobs" "$python" stages/06_train.py --dataset "$folder" --skip-done \

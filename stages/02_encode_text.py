@@ -22,7 +22,7 @@ import scipy.sparse
 from eimf import artifacts
 from eimf.artifacts import Stage, UserError, save_array, save_json, save_lines
 from eimf.data import load_interactions, load_items, range_positions
-from eimf.encoder import TextEncoder, add_encoder_arguments
+from eimf.encoder import TextEncoder, add_encoder_arguments, find_model, model_files
 from eimf.interests import clean_text
 
 FIELDS = ("title", "brand", "categories")
@@ -32,7 +32,7 @@ def parse_arguments(argv):
     parser = artifacts.argument_parser(__doc__)
     add_encoder_arguments(parser)
     parser.add_argument("--fields", default="title",
-                        help=f"what stands for an item, joined in this order: any of {', '.join(FIELDS)}, with commas (paper: title)")
+                        help=f"what stands for an item, joined in this order: any of {', '.join(FIELDS)} (paper: title)")
     args = parser.parse_args(argv)
     unknown = [f for f in args.fields.split(",") if f not in FIELDS]
     if unknown:
@@ -69,10 +69,12 @@ def main(argv=None):
     args = parse_arguments(argv)
     stage = Stage("02_encode_text", args)
     source = stage.input("01_preprocess")
+    model = find_model(args.encoder, args.allow_download)
+    stage.inputs |= {f"encoder/{name}": digest for name, digest in model_files(model).items()}
     if stage.is_done():
         return
-    encoder = TextEncoder(args.encoder, args.pooling, args.device, args.cache_dir or args.data_dir / "text_cache", args.batch_size,
-                          args.max_tokens, args.normalize, args.threads, args.allow_download)
+    encoder = TextEncoder(args.encoder, args.pooling, args.device, args.cache_dir or args.data_dir / "text_cache",
+                          args.batch_size, args.max_tokens, args.normalize, args.threads, args.allow_download)
     interactions = load_interactions(source)
     items = load_items(source)
     if len(items) != interactions.n_items + 1:
@@ -103,8 +105,8 @@ def main(argv=None):
     manifest = stage.finish(summary)
     stage.log.info(f"{counts['unique']} texts: {counts['encoded']} encoded, {counts['cached']} from the cache, "
                    f"{counts['truncated']} cut at {encoder.max_tokens} tokens")
-    stage.log.info(f"{summary['items_with_text']} of {summary['items']} items and {with_text} of {n_users} training users have text; "
-                   f"{encoder.dim} dimensions, {manifest['wall_seconds']:.1f} s")
+    stage.log.info(f"{summary['items_with_text']} of {summary['items']} items and {with_text} of {n_users} training users "
+                   f"have text; {encoder.dim} dimensions, {manifest['wall_seconds']:.1f} s")
 
 
 if __name__ == "__main__":

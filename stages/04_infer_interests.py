@@ -1,9 +1,9 @@
 """Stage 04: a typical user's history -> explicit interests, by an LLM or without one (paper 3.2.2, Eq. 3).
 
-One prompt for each typical user, over exactly the events that training may see of that user. Answers are journaled as they arrive: a run
-that was stopped, by whatever, goes on where it was, and an answer is never paid for twice while model, prompt and parameters
-stay the same. Every typical user ends with interests; one without a usable answer gets the titles of its history, and
-the reason is recorded.
+One prompt for each typical user, over exactly the events that training may see of that user. Answers are journaled as they
+arrive: a run that was stopped, by whatever, goes on where it was, and an answer is never paid for twice while model, prompt
+and parameters stay the same. Every typical user ends with interests; one without a usable answer gets the titles of its
+history, and the reason is recorded.
 
     --llm offline    (default) a deterministic summariser over titles and category paths; no model, stamped `offline`
     --llm openai     any OpenAI-compatible server: --base-url or OPENAI_BASE_URL, --model; the key from OPENAI_API_KEY,
@@ -15,8 +15,9 @@ Reads  01_preprocess/, 03_cluster_users/typical_users.npy int64 (clusters,)
 Writes 04_infer_interests/
     requests.jsonl    one line a cluster: custom_id "<data set>/<user id>#<start of the request's SHA-256>", method, url, body
     responses.jsonl   the journal: Batch output lines, every answer and failure ever received here
-    interests.jsonl   line c for cluster c: user (number), id, interests [text, ...] (at most 20), outcome, source, model, key, notes.
-                      outcome: ok, repaired, truncated, refused, unparsable or failed; source: the back end, or "titles"
+    interests.jsonl   line c for cluster c: user (number), id, interests [text, ...] (at most 20), outcome, source, model,
+                      key, notes. outcome: ok, repaired, truncated, refused, unparsable or failed; source: the back end, or
+                      "titles"
     seen_events.npy   int64 (clusters, 2): the prompt of cluster c saw no event outside this range of the flat event arrays
     leakage.json      that none of these events belongs to validation or test users or is held out
     usage.json        counts of outcomes and sources, tokens, cost
@@ -26,10 +27,10 @@ With --task partition the same in 04_infer_interests/partition/, with groups.jso
     python stages/04_infer_interests.py --dataset sample
 
 prints the outcomes, the users on the fallback, tokens and cost. Exit codes: 0 finished; 1 a mistake in the input; 2 unknown
-arguments; 3 stopped before all had an answer, run again to go on; 4 finished, but more than --max-fallback of the users are on the fallback.
+arguments; 3 stopped before all had an answer, run again to go on; 4 finished, but more than --max-fallback of the users are
+on the fallback.
 """
 import json
-import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -55,10 +56,10 @@ def parse_arguments(argv):
     add("--task", choices=["interests", "partition"], default="interests", help="what is asked about a history")
     add("--users", choices=["typical", "all"], default="typical", help="whose histories; all training users only for partition")
     add("--model", help="the model's name (paper: qwen-turbo), or the folder for --llm local")
-    add("--base-url", default=os.environ.get("OPENAI_BASE_URL"), help="server, such as http://localhost:8000/v1")
-    add("--api-key-file", type=Path, help="file that holds the key alone; a key is never given as an argument, which every user of the "
-        "machine could read")
-    add("--temperature", type=float, default=0.0)
+    add("--base-url", help="server, such as http://localhost:8000/v1 (default: OPENAI_BASE_URL)")
+    add("--api-key-file", type=Path, help="file that holds the key alone; a key is never given as an argument, which every "
+        "user of the machine could read")
+    add("--temperature", type=float, default=0.0, help="0 for the likeliest answer")
     add("--max-tokens", type=int, default=800, help="longest answer, in tokens")
     add("--json-mode", action="store_true", help="ask for response_format json_object; dropped if the server refuses it")
     add("--prompt-file", type=Path, help="your own prompt, with {history} and, if wanted, {max_interests} and {dataset}")
@@ -68,12 +69,13 @@ def parse_arguments(argv):
     group = parser.add_argument_group("recorded answers and batch files")
     add = group.add_argument
     add("--responses", type=Path, help="responses file for --llm recorded, .gz or plain")
-    add("--match", choices=["hash", "user"], default="hash", help="how a recorded answer finds its request: same model, prompt and "
-        "parameters, or the user in custom_id whatever the prompt")
-    add("--allow-seen-histories", action="store_true", help="accept --match user although its answers may have seen what is held out")
+    add("--match", choices=["hash", "user"], default="hash", help="how a recorded answer finds its request: same model, prompt "
+        "and parameters, or the user in custom_id whatever the prompt")
+    add("--allow-seen-histories", action="store_true",
+        help="accept --match user although its answers may have seen what is held out")
     add("--export-requests", type=Path, metavar="FILE", help="write what has no answer yet as OpenAI Batch input, and stop")
-    add("--import-responses", type=Path, action="append", default=[], metavar="FILE", help="take answers from Batch output into the "
-        "journal and ask nothing; may be repeated")
+    add("--import-responses", type=Path, action="append", default=[], metavar="FILE",
+        help="take answers from Batch output into the journal and ask nothing; may be repeated")
     add("--reparse", action="store_true", help="read all journaled answers again and ask nothing")
     add("--finish-anyway", action="store_true", help="finish with the fallback for users that nothing was asked for")
     add("--shard", metavar="I/N", help="ask only every N-th prompt, into a journal of its own; a run without --shard joins them")
@@ -96,7 +98,7 @@ def parse_arguments(argv):
     add("--tokenizer", help="transformers folder to count tokens with (default: estimated; --llm local: its own)")
     group = parser.add_argument_group("local model")
     add = group.add_argument
-    add("--device", default="auto")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--batch-size", type=int, default=8, help="prompts generated at once")
     add("--threads", type=int, default=0, help="CPU threads, 0 = all")
     args = parser.parse_args(argv)
@@ -106,6 +108,8 @@ def parse_arguments(argv):
         parser.error("--max-cost needs --price-in and --price-out")
     if args.shard and not ((m := re.fullmatch(r"(\d+)/(\d+)", args.shard)) and 1 <= int(m[1]) <= int(m[2])):
         parser.error(f"--shard {args.shard}: expected I/N with 1 <= I <= N, such as 2/8")
+    if args.export_requests and (args.import_responses or args.reparse):
+        parser.error("--export-requests goes with neither --import-responses nor --reparse")
     if args.llm == "recorded" and not args.responses:
         parser.error("--llm recorded needs --responses FILE")
     for name in ("concurrency", "attempts", "answer_attempts", "give_up_after", "max_tokens", "max_prompt_tokens", "batch_size"):
@@ -156,7 +160,7 @@ def ask(prompts, backend, journal, args, log):
 
 def import_responses(path, prompts, journal, args, log):
     """Journal the answers of a Batch output file that belong to this run's requests."""
-    responses = Responses(path, args.match)
+    responses = Responses(path, "hash")
     recorded = Recorded(responses, prompts.model)
     taken = 0
     for entry in recorded.answers(prompts.pending(journal, args.shard)):
@@ -164,6 +168,16 @@ def import_responses(path, prompts, journal, args, log):
             journal.add(entry | {"source": args.llm})
             taken += 1
     log(f"{path}: {taken} answers taken, {len(responses.found) - taken} match no open request, {responses.failed} are failures")
+
+
+def export(prompts, journal, args):
+    """Write what has no answer yet as OpenAI Batch input."""
+    n = 0
+    with atomic(args.export_requests) as file:
+        for request in prompts.pending(journal, args.shard):
+            file.write(json.dumps(request.batch_line(), ensure_ascii=False) + "\n")
+            n += 1
+    print(f"{n} requests without an answer written to {args.export_requests}; bring the answers back with --import-responses")
 
 
 def estimate(prompts, journal, args):
@@ -175,8 +189,8 @@ def estimate(prompts, journal, args):
     known = [usage_of(journal.get(key))[1] for key in dict.fromkeys(filter(None, prompts.keys)) if journal.answers(key)]
     typical = float(np.mean(known)) if any(known) else min(120, args.max_tokens)
     how = "counted" if args.tokenizer or args.llm == "local" else "estimated"
-    print(f"{len(prompts.keys)} prompts, {n} without an answer: {tokens} prompt tokens ({how}), about {typical * n:.0f} and at most "
-          f"{args.max_tokens * n} answer tokens")
+    print(f"{len(prompts.keys)} prompts, {n} without an answer: {tokens} prompt tokens ({how}), about {typical * n:.0f} and at "
+          f"most {args.max_tokens * n} answer tokens")
     price = [args.price_in * tokens / 1e6 + args.price_out * out * n / 1e6 for out in (typical, args.max_tokens)]
     print(f"cost: about {price[0]:.4f}, at most {price[1]:.4f}" if args.price_in or args.price_out else
           "cost: give --price-in and --price-out for an estimate")
@@ -184,8 +198,8 @@ def estimate(prompts, journal, args):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    parts = (["partition"] if args.task == "partition" else []) + (["shard-" + args.shard.replace("/", "-of-")] if args.shard else [])
-    stage = Stage("04_infer_interests", args, run="/".join(parts) or None)
+    parts = ["partition" if args.task == "partition" else "", "shard-" + args.shard.replace("/", "-of-") if args.shard else ""]
+    stage = Stage("04_infer_interests", args, run="/".join(filter(None, parts)) or None)
     source = stage.input("01_preprocess")
     typical = stage.input("03_cluster_users") / "typical_users.npy" if args.users == "typical" else None
     template = PROMPTS[args.task]
@@ -200,20 +214,24 @@ def main(argv=None):
     if stage.is_done():
         return 0
     interactions, items, user_ids = load_interactions(source), load_items(source), load_user_ids(source)
-    if (args.responses or args.import_responses) and args.match == "user" and not args.allow_seen_histories and (
+    if args.llm == "recorded" and args.match == "user" and not args.allow_seen_histories and (
             args.prefix_only or interactions.kind == "leave-one-out"):
-        raise UserError("answers matched by user may have read whole histories, also what "
-                        + ("--prefix-only" if args.prefix_only else "the leave-one-out split") + " holds out; results would be too good. "
-                        "Use a user-level split, or --match hash, or --allow-seen-histories and say so")
-    count = token_counter(args.tokenizer or (args.model if args.llm == "local" else None))
+        what = "--prefix-only" if args.prefix_only else "the leave-one-out split"
+        raise UserError(f"answers matched by user may have read whole histories, also what {what} holds out; results would be "
+                        "too good. Use a user-level split, or --match hash, or --allow-seen-histories and say so")
+    count = token_counter(args.tokenizer)
     backend = make_backend(args, items, count, stage.log.info)
+    if args.llm == "local" and not args.tokenizer:
+        count = backend.count
     prompts = Prompts(args, interactions, items, user_ids, typical and load_array(typical), backend.model, template, count)
     base = stage.root / "04_infer_interests" / "partition" if args.task == "partition" else stage.root / "04_infer_interests"
     shards = [] if args.shard else sorted(base.glob("shard-*-of-*/responses.jsonl"))
-    if args.dry_run:
+    if args.dry_run or args.export_requests:
         for _ in prompts.first_pass():
             pass
-        return estimate(prompts, Journal(stage.folder / "responses.jsonl", shards, writable=False), args)
+        leakage(prompts, interactions, args)
+        journal = Journal(stage.folder / "responses.jsonl", shards, writable=False)
+        return estimate(prompts, journal, args) if args.dry_run else export(prompts, journal, args)
 
     folder = stage.begin()
     save_lines(folder / "requests.jsonl", (request.batch_line() for request in prompts.first_pass()))
@@ -223,36 +241,31 @@ def main(argv=None):
         stage.log.warning(f"{journal.unreadable} unreadable lines in the journal (a run was killed while it wrote) are skipped")
     for path in args.import_responses:
         import_responses(path, prompts, journal, args, stage.log.info)
-    if args.export_requests:
-        with atomic(args.export_requests) as file:
-            n = sum(bool(file.write(json.dumps(request.batch_line(), ensure_ascii=False) + "\n"))
-                    for request in prompts.pending(journal, args.shard))
-        stage.log.info(f"{n} requests without an answer written to {args.export_requests}; bring the answers back with --import-responses")
-        return 0
     try:
         if not (args.reparse or args.import_responses):
             ask(prompts, backend, journal, args, stage.log.info)
     except Stopped as stop:
         left = sum(1 for _ in prompts.pending(journal, args.shard))
-        stage.log.error(f"stopped: {stop}. {left} of {len(prompts.keys)} prompts have no answer; the same command goes on from here")
+        stage.log.error(f"stopped: {stop}. {left} of {len(prompts.keys)} prompts have no answer; the same command goes on")
         return 3
     finally:
         backend.close()
     if args.shard:
-        stage.finish({"answers": sum(1 for k in journal.index if journal.answers(k))}, outputs=["requests.jsonl", "responses.jsonl"])
+        stage.finish({"answers": sum(1 for key in journal.index if journal.answers(key))},
+                     outputs=["requests.jsonl", "responses.jsonl"])
         stage.log.info(f"shard {args.shard}: {len(journal.index)} requests finished; a run without --shard joins the shards")
         return 0
     open_ = sum(1 for key in prompts.keys if key and key not in journal.index)
     if open_ and not args.finish_anyway:
-        stage.log.error(f"{open_} of {len(prompts.keys)} prompts were never asked. Ask them without --import-responses and --reparse, or "
-                        "give these users their titles with --finish-anyway")
+        stage.log.error(f"{open_} of {len(prompts.keys)} prompts were never asked. Ask them without --import-responses and "
+                        "--reparse, or give these users their titles with --finish-anyway")
         return 3
     return finish(stage, folder, prompts, journal, backend, report, args)
 
 
 def finish(stage, folder, prompts, journal, backend, report, args):
     """Write the results. Returns the exit code."""
-    outcomes, sources, sizes = Counter(), Counter(), []
+    outcomes, sources, reasons, sizes = Counter(), Counter(), Counter(), []
     name = "groups" if args.task == "partition" else "interests"
 
     def rows():
@@ -260,29 +273,34 @@ def finish(stage, folder, prompts, journal, backend, report, args):
             row = prompts.row(index, journal)
             outcomes[row["outcome"]] += 1
             sources[row["source"]] += 1
+            if row["outcome"] == "failed":
+                reasons[row["notes"][0].split(":")[0]] += 1
             sizes.append(len(row[name]))
             yield row
     save_lines(folder / f"{name}.jsonl", rows())
     save_array(folder / "seen_events.npy", np.stack([prompts.shown_start, prompts.end], axis=1).astype(np.int64))
     save_json(folder / "leakage.json", report)
-    tokens = np.sum([usage_of(journal.get(k)) for k in dict.fromkeys(filter(None, prompts.keys)) if journal.answers(k)] or [(0, 0)], axis=0)
-    usage = {"task": args.task, "llm": args.llm, "model": backend.model, "prompts": len(prompts.keys), "outcomes": dict(sorted(outcomes.items())),
-             "sources": dict(sorted(sources.items())), "fallback": sources["titles"], f"{name}_mean": float(np.mean(sizes)) if sizes else 0.0,
+    answered = [key for key in dict.fromkeys(filter(None, prompts.keys)) if journal.answers(key)]
+    tokens = np.sum([usage_of(journal.get(key)) for key in answered] or [(0, 0)], axis=0)
+    usage = {"task": args.task, "llm": args.llm, "model": backend.model, "prompts": len(prompts.keys),
+             "outcomes": dict(sorted(outcomes.items())), "sources": dict(sorted(sources.items())),
+             "fallback": sources["titles"], "failed_because": dict(sorted(reasons.items())),
+             f"{name}_mean": float(np.mean(sizes)) if sizes else 0.0,
              "prompt_tokens": int(tokens[0]), "completion_tokens": int(tokens[1]),
              "cost": round(float(tokens[0] * args.price_in + tokens[1] * args.price_out) / 1e6, 6),
              "truncated_histories": prompts.truncated}
     save_json(folder / "usage.json", usage)
     calls = getattr(backend, "counts", {})
     journal.close()
-    stage.finish(usage | {"calls": calls}, outputs=["requests.jsonl", "responses.jsonl", f"{name}.jsonl", "seen_events.npy", "leakage.json",
-                                                    "usage.json"])
+    stage.finish(usage | {"calls": calls}, outputs=["requests.jsonl", "responses.jsonl", f"{name}.jsonl", "seen_events.npy",
+                                                    "leakage.json", "usage.json"])
     stage.log.info(f"{usage['prompts']} users by {args.llm} ({backend.model}): "
                    + ", ".join(f"{n} {outcome}" for outcome, n in usage["outcomes"].items())
                    + f"; {usage['fallback']} on the fallback; {usage[f'{name}_mean']:.1f} {name} a user")
     stage.log.info(f"{usage['prompt_tokens']} prompt and {usage['completion_tokens']} answer tokens, cost {usage['cost']:g}; "
                    f"{prompts.truncated} histories truncated" + (f"; {calls}" if calls else ""))
     if usage["fallback"] > args.max_fallback * max(1, usage["prompts"]):
-        stage.log.error(f"{usage['fallback']} of {usage['prompts']} users are on the fallback, more than --max-fallback {args.max_fallback:g}")
+        stage.log.error(f"more than --max-fallback {args.max_fallback:g} of the users are on the fallback")
         return 4
     return 0
 

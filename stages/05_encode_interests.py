@@ -1,8 +1,8 @@
 """Stage 05: explicit interests -> vectors, by the encoder of stage 02 (paper 3.2.3, Eq. 4).
 
 Each sub-interest is encoded on its own and the set is kept ragged: cluster c's interests are rows
-interest_offsets[c] to interest_offsets[c + 1]. Titles and interests must share one space, so another encoder than the one stage 02
-used is refused.
+interest_offsets[c] to interest_offsets[c + 1]. Titles and interests must share one space, so another encoder than the one
+stage 02 used is refused.
 
 Reads  02_encode_text/       encoder.json
        04_infer_interests/   interests.jsonl, line c for cluster c: {"user", "interests": [text, ...], ...}
@@ -37,8 +37,8 @@ def load_encoder(args, recorded):
         differing = sorted(f for f in encoder.identity["files"].keys() | recorded["files"].keys()
                            if encoder.identity["files"].get(f) != recorded["files"].get(f))
         raise UserError(f"this encoder's fingerprint is {encoder.fingerprint}, stage 02 used {recorded['fingerprint']} "
-                        f"(differing: {', '.join(differing) or 'version or settings'}). Titles and interests must share one encoder: "
-                        "give the same one with --encoder, or run stage 02 again")
+                        f"(differing: {', '.join(differing) or 'version or settings'}). Titles and interests must share one "
+                        "encoder: give the same one with --encoder, or run stage 02 again")
     return encoder
 
 
@@ -48,8 +48,8 @@ def interest_texts(rows, path):
     for number, row in enumerate(rows, 1):
         interests = row.get("interests")
         if not isinstance(interests, list) or not all(isinstance(t, str) and t.strip() for t in interests):
-            raise UserError(f"{path}:{number}: expected a list of non-empty strings under \"interests\", found {str(interests)[:80]}. "
-                            "Run stage 04_infer_interests again")
+            raise UserError(f"{path}:{number}: expected a list of non-empty strings under \"interests\", found "
+                            f"{str(interests)[:80]}. Run stage 04_infer_interests again")
         texts += interests
         lengths.append(len(interests))
     return texts, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
@@ -74,7 +74,8 @@ def main(argv=None):
     empty = int((lengths == 0).sum())
     if empty:
         stage.log.warning(f"{empty} of {len(lengths)} clusters have no interest at all (no title in the typical user's history)")
-    manifest = stage.finish(encoder.counts | {"clusters": len(lengths), "interests": len(texts), "clusters_without_interests": empty})
+    manifest = stage.finish(encoder.counts | {"clusters": len(lengths), "interests": len(texts),
+                                              "clusters_without_interests": empty})
     stage.log.info(f"{len(lengths)} clusters, {len(texts)} interests ({lengths.mean() if len(lengths) else 0:.1f} a cluster): "
                    f"{encoder.counts['encoded']} texts encoded, {encoder.counts['cached']} from the cache, "
                    f"{manifest['wall_seconds']:.1f} s")

@@ -1,4 +1,5 @@
 """The text encoder and its cache, stages 02 and 05."""
+
 import contextlib
 import gzip
 import json
@@ -31,6 +32,7 @@ def reference(folder, text, pooling="mean", normalize=True):
     """One text through transformers without padding."""
     import torch
     import transformers
+
     model = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
     tokens = transformers.AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt", truncation=True, max_length=64)
     with torch.no_grad():
@@ -51,6 +53,7 @@ def test_vectors_equal_the_model_without_padding(bert, pooling, normalize):
 def test_minilm_equals_sentence_transformers():
     sentence_transformers = pytest.importorskip("sentence_transformers")
     from eimf.encoder import find_model
+
     texts = [*TITLES, "Scotch Adhesive Dot Roller, 0.31 x 49 Feet (6055)", "Tinte für Füller – königsblau", "word " * 400]
     expected = sentence_transformers.SentenceTransformer(str(find_model("minilm")), device="cpu").encode(texts)
     encoder = TextEncoder(device="cpu")
@@ -82,8 +85,13 @@ def test_cache_returns_the_same_bits_and_encodes_only_new_texts(bert, tmp_path, 
 
 def test_settings_that_change_vectors_do_not_share_a_cache(bert, tmp_path):
     other = make_tiny_bert(tmp_path / "other", WORDS, seed=1)
-    encoders = [TextEncoder(str(bert), device="cpu"), TextEncoder(str(bert), "cls", "cpu"), TextEncoder(str(other), device="cpu"),
-                TextEncoder(str(bert), device="cpu", max_tokens=10), TextEncoder(str(bert), device="cpu", normalize=False)]
+    encoders = [
+        TextEncoder(str(bert), device="cpu"),
+        TextEncoder(str(bert), "cls", "cpu"),
+        TextEncoder(str(other), device="cpu"),
+        TextEncoder(str(bert), device="cpu", max_tokens=10),
+        TextEncoder(str(bert), device="cpu", normalize=False),
+    ]
     assert len({e.fingerprint for e in encoders}) == len(encoders)
     assert TextEncoder(str(bert), device="cpu", batch_size=1).fingerprint == encoders[0].fingerprint
 
@@ -135,6 +143,7 @@ def test_incomplete_weights_are_refused(bert, tmp_path):
     import shutil
 
     from safetensors.torch import load_file, save_file
+
     broken = shutil.copytree(bert, tmp_path / "broken")
     weights = load_file(broken / "model.safetensors")
     name = next(key for key in weights if "layer.1.attention" in key)
@@ -170,8 +179,16 @@ def test_stage_02_means_over_what_training_may_see(tmp_path, bert, kind):
         visible = history[:-2] if kind == "leave-one-out" else history if user in (0, 3, 4) else []
         titled = [vectors[i - 1] for i in visible if i != 6]
         np.testing.assert_allclose(user_text[user], np.mean(titled, axis=0) if titled else np.zeros(32), atol=1e-5)
-    assert (tmp_path / "tiny/02_encode_text/item_ids.txt").read_text().split("\n") == \
-        ["[padding]", "I1", "I2", "I3", "I4", "I5", "I6", ""]
+    assert (tmp_path / "tiny/02_encode_text/item_ids.txt").read_text().split("\n") == [
+        "[padding]",
+        "I1",
+        "I2",
+        "I3",
+        "I4",
+        "I5",
+        "I6",
+        "",
+    ]
 
 
 def test_stage_02_without_any_title(tmp_path, bert, capsys):
@@ -196,6 +213,13 @@ def test_skip_done_and_second_data_set(tmp_path, bert, capsys):
     encode(tmp_path, bert)
     encode(tmp_path, bert, "--skip-done")
     assert "skipped" in capsys.readouterr().out
+    config = bert / "tokenizer_config.json"
+    old = config.read_text()
+    config.write_text(old + "\n")
+    encode(tmp_path, bert, "--skip-done")
+    assert "running, input encoder/tokenizer_config.json changed" in capsys.readouterr().out
+    config.write_text(old)
+    encode(tmp_path, bert)
     write_dataset(tmp_path, [*ITEMS, {"title": "office paper"}], HISTORIES, [0] * 5, dataset="second")
     call_stage("02_encode_text.py", "--data-dir", tmp_path, "--dataset", "second", "--encoder", bert, "--device", "cpu")
     summary = load_json(tmp_path / "second/02_encode_text/manifest.json")["summary"]
@@ -238,8 +262,22 @@ def test_two_processes_share_a_cache(tmp_path, bert):
         write_dataset(tmp_path, items, HISTORIES, [0] * 5, dataset=name)
 
     def start(name):
-        run_stage("02_encode_text.py", "--data-dir", tmp_path, "--dataset", name, "--encoder", bert, "--device", "cpu",
-                  "--batch-size", 2, "--threads", 1)
+        run_stage(
+            "02_encode_text.py",
+            "--data-dir",
+            tmp_path,
+            "--dataset",
+            name,
+            "--encoder",
+            bert,
+            "--device",
+            "cpu",
+            "--batch-size",
+            2,
+            "--threads",
+            1,
+        )
+
     threads = [threading.Thread(target=start, args=(name,)) for name in ("one", "two")]
     for thread in threads:
         thread.start()
@@ -256,8 +294,14 @@ def write_interests(tmp_path, rows):
 def test_stage_05_is_ragged_and_uses_the_encoder_of_02(tmp_path, bert, capsys):
     write_dataset(tmp_path, ITEMS, HISTORIES, [0] * 5)
     encode(tmp_path, bert, "--pooling", "cls", "--no-normalize")
-    write_interests(tmp_path, [{"user": 3, "interests": ["gel pen", "desk"]}, {"user": 1, "interests": []},
-                               {"user": 0, "interests": ["desk", "lamp", "gel pen"]}])
+    write_interests(
+        tmp_path,
+        [
+            {"user": 3, "interests": ["gel pen", "desk"]},
+            {"user": 1, "interests": []},
+            {"user": 0, "interests": ["desk", "lamp", "gel pen"]},
+        ],
+    )
     call_stage("05_encode_interests.py", "--data-dir", tmp_path, "--dataset", "tiny", "--device", "cpu")
     folder = tmp_path / "tiny/05_encode_interests"
     vectors, offsets = np.load(folder / "interest_vectors.npy"), np.load(folder / "interest_offsets.npy")

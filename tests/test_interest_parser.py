@@ -1,4 +1,5 @@
 """Prompts and the reading of answers: a corpus with expected results, and properties that hold for any text."""
+
 import json
 import time
 from pathlib import Path
@@ -8,8 +9,16 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny import STAGES  # noqa: F401  puts stages/ on sys.path
 
-from eimf.interests import (MAX_INTERESTS, PROMPTS, build_prompt, check_template, clean_text, describe, parse_interests,
-                            parse_partition)
+from eimf.interests import (
+    MAX_INTERESTS,
+    PROMPTS,
+    build_prompt,
+    check_template,
+    clean_text,
+    describe,
+    parse_interests,
+    parse_partition,
+)
 
 ANSWERS = Path(__file__).parent / "answers"
 OUTCOMES = {"ok", "repaired", "truncated", "refused", "unparsable"}
@@ -39,7 +48,7 @@ def test_partition(case):
 
 
 # Characters that JSON, quoting and lists are made of are drawn often
-messy = st.text(st.one_of(st.sampled_from(list("{}[]\":',\\ \n123.-*“”‘’：，{}\"\"")), st.characters()), max_size=300)
+messy = st.text(st.one_of(st.sampled_from(list('{}[]":\',\\ \n123.-*“”‘’：，{}""')), st.characters()), max_size=300)
 phrase = st.text(st.characters(categories=["Ll", "Lu", "Lo"]), min_size=2, max_size=30).map(lambda s: "taste " + s)
 
 
@@ -74,8 +83,14 @@ def test_wrappings_do_not_change_what_is_read(interests):
     numbered = json.dumps({str(i): text for i, text in enumerate(interests, 1)}, ensure_ascii=False)
     expected = parse_interests(numbered, "stop").value
     assert expected and len(expected) <= MAX_INTERESTS
-    for wrapped in (f"```json\n{numbered}\n```", f"Here you are:\n{numbered}\nDone.", json.dumps(interests), json.dumps(
-            {"interests": interests}), numbered[:-1] + ",}", json.dumps([{"interest": i} for i in interests])):
+    for wrapped in (
+        f"```json\n{numbered}\n```",
+        f"Here you are:\n{numbered}\nDone.",
+        json.dumps(interests),
+        json.dumps({"interests": interests}),
+        numbered[:-1] + ",}",
+        json.dumps([{"interest": i} for i in interests]),
+    ):
         assert parse_interests(wrapped, "stop").value == expected
 
 
@@ -87,15 +102,37 @@ def test_a_cut_answer_keeps_what_is_complete(interests, data):
     whole = parse_interests(text, "stop").value
     cut = data.draw(st.integers(1, len(text) - 1))
     parsed = parse_interests(text[:cut], "length")
-    assert parsed.outcome == "truncated" and parsed.value == whole[:len(parsed.value)]
-    ends = [text.index(json.dumps(t, ensure_ascii=False), text.index(f'"{i}": ')) + len(json.dumps(t, ensure_ascii=False))
-            for i, t in enumerate(interests, 1)]
-    assert len(parsed.value) >= len(parse_interests(json.dumps([t for t, e in zip(interests, ends, strict=True) if e <= cut])).value)
+    assert parsed.outcome == "truncated" and parsed.value == whole[: len(parsed.value)]
+    ends = [
+        text.index(json.dumps(t, ensure_ascii=False), text.index(f'"{i}": ')) + len(json.dumps(t, ensure_ascii=False))
+        for i, t in enumerate(interests, 1)
+    ]
+    assert len(parsed.value) >= len(
+        parse_interests(json.dumps([t for t, e in zip(interests, ends, strict=True) if e <= cut])).value
+    )
 
 
-@pytest.mark.parametrize("text", ["{" * 200_000, '{"1": ' * 50_000, "[" * 100_000 + "]" * 100_000, '{"a' * 60_000, "\n" * 300_000, '"' * 300_000,
-                                  '{"1": "' + '" ' * 100_000, "/*" * 100_000, "{//" * 100_000, "<think>" * 50_000, "1. a\n" * 100_000,
-                                  '{"1": "' + "\\u00" * 80_000, "{'" * 100_000, '"1": "' + '"x' * 100_000, "( " * 150_000, "{1:" * 100_000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{" * 200_000,
+        '{"1": ' * 50_000,
+        "[" * 100_000 + "]" * 100_000,
+        '{"a' * 60_000,
+        "\n" * 300_000,
+        '"' * 300_000,
+        '{"1": "' + '" ' * 100_000,
+        "/*" * 100_000,
+        "{//" * 100_000,
+        "<think>" * 50_000,
+        "1. a\n" * 100_000,
+        '{"1": "' + "\\u00" * 80_000,
+        "{'" * 100_000,
+        '"1": "' + '"x' * 100_000,
+        "( " * 150_000,
+        "{1:" * 100_000,
+    ],
+)
 def test_hostile_answers_take_linear_time(text):
     started = time.perf_counter()
     assert parse_interests(text, "stop").outcome in OUTCOMES
@@ -133,9 +170,14 @@ def test_titles_cannot_change_the_prompt():
     assert text == "List 1. " + line + " now, 20."
 
 
-@pytest.mark.parametrize("template,message", [
-    ("Here: {history} {hisory}", r"unknown placeholder \{hisory\}; known are \{history\}"),
-    ("No place", r"\{history\} occurs 0 times"), ("{history} {history}", "occurs 2 times")])
+@pytest.mark.parametrize(
+    "template,message",
+    [
+        ("Here: {history} {hisory}", r"unknown placeholder \{hisory\}; known are \{history\}"),
+        ("No place", r"\{history\} occurs 0 times"),
+        ("{history} {history}", "occurs 2 times"),
+    ],
+)
 def test_templates_are_checked(template, message):
     with pytest.raises(ValueError, match=message):
         check_template(template)

@@ -1,4 +1,5 @@
 """Small data sets and models that tests make for themselves."""
+
 import argparse
 import importlib.util
 import os
@@ -43,17 +44,31 @@ def finished_stage(data_dir, dataset, name, write, **arguments):
 
 def write_dataset(data_dir, items, histories, split, kind="random", dataset="tiny"):
     """A `01_preprocess` folder. items: dicts with any of id, title, categories, brand; histories: lists of item numbers."""
+
     def write(folder):
-        save_lines(folder / "items.jsonl", [{"item": i, "id": item.get("id", f"I{i}"), "title": item.get("title"),
-                                             "categories": item.get("categories", []), "brand": item.get("brand")}
-                                            for i, item in enumerate(items, 1)])
+        save_lines(
+            folder / "items.jsonl",
+            [
+                {
+                    "item": i,
+                    "id": item.get("id", f"I{i}"),
+                    "title": item.get("title"),
+                    "categories": item.get("categories", []),
+                    "brand": item.get("brand"),
+                }
+                for i, item in enumerate(items, 1)
+            ],
+        )
         save_lines(folder / "users.txt", [f"U{u}" for u in range(len(histories))])
         save_array(folder / "sequence_items.npy", np.array([i for h in histories for i in h], dtype=np.int32))
         save_array(folder / "sequence_times.npy", np.array([t for h in histories for t in range(len(h))], dtype=np.int64))
         save_array(folder / "sequence_offsets.npy", np.cumsum([0, *map(len, histories)]).astype(np.int64))
         save_array(folder / "split.npy", np.array(split, dtype=np.uint8))
-        save_json(folder / "stats.json", {"users": len(histories), "items": len(items), "split": kind,
-                                          "interactions": sum(map(len, histories))})
+        save_json(
+            folder / "stats.json",
+            {"users": len(histories), "items": len(items), "split": kind, "interactions": sum(map(len, histories))},
+        )
+
     return finished_stage(data_dir, dataset, "01_preprocess", write)
 
 
@@ -61,6 +76,7 @@ def make_tiny_bert(folder, words, seed=0):
     """A randomly initialised BERT of 32 dimensions with a word-piece vocabulary of `words` and letters."""
     import torch
     import transformers
+
     folder = Path(folder)
     folder.mkdir(parents=True)
     letters = [chr(c) for c in range(ord("a"), ord("z") + 1)] + list("0123456789&.,-'")
@@ -68,7 +84,13 @@ def make_tiny_bert(folder, words, seed=0):
     (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
     transformers.BertTokenizer(str(folder / "vocab.txt"), model_max_length=64).save_pretrained(folder)
     torch.manual_seed(seed)
-    config = transformers.BertConfig(vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-                                     intermediate_size=64, max_position_embeddings=64)
+    config = transformers.BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+    )
     transformers.BertModel(config).save_pretrained(folder)
     return folder

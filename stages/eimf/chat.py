@@ -1,9 +1,10 @@
 """The `openai` back end: any server that speaks the OpenAI chat protocol, through `requests` and threads.
 
-Sent are model, messages, temperature, max_tokens and, where asked for, response_format; the last is dropped when the server refuses it.
+Sent are model, messages, temperature, max_tokens and, where asked for, response_format; the last is dropped when the server
+refuses it.
 
-- Concurrency adapts: one call until the first succeeds, then half of the maximum, one more for each success; halved when the
-  server says it is overloaded (429, 503, 529) or does not answer in time.
+- Concurrency adapts: the first request goes alone, repeated calls included; then half of the maximum, one more for each
+  success; halved when the server says it is overloaded (429, 503, 529) or does not answer in time.
 - A rate limit is no failure: such calls wait (Retry-After, else exponential back-off with jitter) and use up no attempt.
   Only after `patience` seconds without any success does the run stop.
 - Other transient faults (5xx, time-outs, resets, truncated or foreign bodies) are tried `attempts` times.
@@ -48,9 +49,12 @@ def check_base_url(url):
 
 
 def find_endpoint(base_url, model, key_file):
-    """(base URL, model, key or None) from the arguments, OPENAI_API_KEY and DASHSCOPE_API_KEY. Raises UserError when one is missing."""
+    """(base URL, model, key or None) from the arguments, OPENAI_BASE_URL, OPENAI_API_KEY and DASHSCOPE_API_KEY.
+
+    Raises UserError when one is missing.
+    """
     openai, dashscope = os.environ.get("OPENAI_API_KEY"), os.environ.get("DASHSCOPE_API_KEY")
-    url = check_base_url(base_url or (DASHSCOPE if dashscope and not openai else OPENAI))
+    url = check_base_url(base_url or os.environ.get("OPENAI_BASE_URL") or (DASHSCOPE if dashscope and not openai else OPENAI))
     at_dashscope = urllib.parse.urlsplit(url).hostname.endswith("aliyuncs.com")
     key = dashscope or openai if at_dashscope else openai  # DashScope's key goes to no other host
     if key_file:
@@ -58,8 +62,8 @@ def find_endpoint(base_url, model, key_file):
             raise UserError(f"--api-key-file {key_file}: no such file")
         key = key_file.read_text(encoding="utf-8", errors="replace").strip()
     if not key and url in (OPENAI, DASHSCOPE):
-        raise UserError(f"no key for {url}: set OPENAI_API_KEY or DASHSCOPE_API_KEY, give --api-key-file, or --base-url for a server of "
-                        "your own")
+        raise UserError(f"no key for {url}: set OPENAI_API_KEY or DASHSCOPE_API_KEY, give --api-key-file, or --base-url for a "
+                        "server of your own")
     model = model or ("qwen-turbo" if at_dashscope else None)
     if not model:
         raise UserError(f"--llm openai at {url} needs --model NAME")
@@ -70,8 +74,8 @@ class Gate:
     """How many calls may run at once. Thread-safe."""
 
     def __init__(self, maximum):
-        self.maximum, self.limit, self.active, self.peak = maximum, 1.0, 0, 0
-        self.opened = self.slow_start = False
+        self.maximum, self.limit, self.active = maximum, max(1.0, maximum / 2), 0
+        self.slow_start = True
         self.paused_until = self.last_cut = 0.0
         self.stopped = False
         self.condition = threading.Condition()
@@ -83,7 +87,6 @@ class Gate:
                 wait = self.paused_until - time.monotonic()
                 if wait <= 0 and self.active < int(self.limit):
                     self.active += 1
-                    self.peak = max(self.peak, self.active)
                     return time.monotonic()
                 self.condition.wait(wait if wait > 0 else None)
             return None
@@ -94,18 +97,11 @@ class Gate:
             self.active -= 1
             now = time.monotonic()
             if success:
-                if not self.opened:
-                    self.opened = self.slow_start = True
-                    self.limit = max(1.0, self.maximum / 2)
-                else:
-                    self.limit = min(self.maximum, self.limit + (1 if self.slow_start else 1 / self.limit))
+                self.limit = min(self.maximum, self.limit + (1 if self.slow_start else 1 / self.limit))
             elif overloaded and entered > self.last_cut:  # calls that started before the last cut say nothing about the new limit
                 self.limit, self.slow_start, self.last_cut = max(1.0, self.limit / 2), False, now
             self.paused_until = max(self.paused_until, now + pause)
-            if success and self.slow_start and self.limit == max(1.0, self.maximum / 2):
-                self.condition.notify_all()  # just opened
-            else:
-                self.condition.notify(2)  # the place given back and one that the limit may have gained
+            self.condition.notify(2)  # the place given back and one that the limit may have gained
 
     def stop(self):
         with self.condition:
@@ -131,15 +127,17 @@ class Budget:
 
     def reserve(self, body):
         """Largest cost of the call, now reserved. Raises Stopped when it does not fit."""
-        tokens = sum(self.count(message["content"]) + 8 for message in body["messages"])
-        amount = self.cost(1.25 * tokens, body["max_tokens"])
+        amount = 0.0
+        if self.price_in or self.price_out:
+            tokens = sum(self.count(message["content"]) + 8 for message in body["messages"])
+            amount = self.cost(1.25 * tokens, body["max_tokens"])
         with self.lock:
             if self.max_requests is not None and self.calls >= self.max_requests:
                 raise Stopped(f"--max-requests {self.max_requests} reached")
             total = self.spent + self.lost + self.reserved + amount
             if self.max_cost is not None and total > self.max_cost:
-                raise Stopped(f"--max-cost {self.max_cost:g} would be exceeded: spent {self.spent:.4f}, perhaps billed without an "
-                              f"answer {self.lost:.4f}, in flight at most {self.reserved:.4f}, next call at most {amount:.4f}")
+                raise Stopped(f"--max-cost {self.max_cost:g} would be exceeded: spent {self.spent:.4f}, perhaps billed without "
+                              f"an answer {self.lost:.4f}, in flight at most {self.reserved:.4f}, next at most {amount:.4f}")
             self.calls += 1
             self.reserved += amount
         return amount
@@ -156,7 +154,10 @@ class Budget:
 
 
 class ChatClient:
-    """See the module's docstring. key None sends no Authorization header. Seconds: connect_timeout, timeout (whole answer), patience."""
+    """See the module's docstring. key None sends no Authorization header.
+
+    In seconds: connect_timeout, timeout (for a whole answer), patience.
+    """
     source = "openai"
 
     def __init__(self, base_url, model, key=None, concurrency=32, attempts=6, connect_timeout=10.0, timeout=120.0, patience=900.0,
@@ -171,7 +172,7 @@ class ChatClient:
         self.log = log
         self.gate = Gate(concurrency)
         self.counts = {"calls": 0, "retries": 0, "rate_limited": 0, "failed": 0}
-        self.lock = threading.Lock()
+        self.lock, self.first = threading.Lock(), threading.Lock()
         self.stopping = threading.Event()
         self.reason, self.failures, self.drop_format = None, 0, False
         self.last_success, self.succeeded = time.monotonic(), False
@@ -208,7 +209,14 @@ class ChatClient:
         running = len(threads)
         try:
             while running:
-                item = results.get()
+                try:
+                    item = results.get()
+                except KeyboardInterrupt:
+                    if self.stopping.is_set():  # the second time
+                        raise
+                    self.log("interrupted: waiting for the calls in flight, interrupt again to drop them")
+                    self._stop("interrupted")
+                    continue
                 if item is None:
                     running -= 1
                 elif isinstance(item, BaseException):
@@ -252,6 +260,13 @@ class ChatClient:
 
     def _ask(self, session, request):
         """A record, or None when the run stops before this request has an answer."""
+        if not self.succeeded:
+            with self.first:  # the others wait for the first success, or for the reason to stop
+                if not self.succeeded:
+                    return self._repeat(session, request)
+        return self._repeat(session, request)
+
+    def _repeat(self, session, request):
         attempt = limited = 0
         plain = False  # send this request without response_format, to see whether that was what the server refused
         while True:
@@ -300,7 +315,7 @@ class ChatClient:
                 return None
             lower = message.lower()
             if status in (401, 402) or (status in (403, 404) and not self.succeeded) or any(word in lower for word in NO_MONEY):
-                self._stop(f"{self.url} answered {status}: {message}. Check the key, the account, the model's name and --base-url")
+                self._stop(f"{self.url} answered {status}: {message}. Check the key, the account, the model and --base-url")
                 return None
             if status in (400, 422) and "response_format" in body:
                 plain = True
@@ -317,15 +332,18 @@ class ChatClient:
                 self._count("rate_limited")
                 idle = time.monotonic() - self.last_success
                 if idle + (wait or 0) > self.patience:
-                    self._stop(f"{self.url} answered {status} ({message[:120]})" + (f" and asks to wait {wait:.0f} s" if wait else "")
-                               + f"; no answer for {idle:.0f} s, more than --patience {self.patience:g} allows. Run again later")
+                    asks = f" and asks to wait {wait:.0f} s" if wait else ""
+                    self._stop(f"{self.url} answered {status} ({message[:120]}){asks}; no answer for {idle:.0f} s, and "
+                               f"--patience is {self.patience:g}. Run again later")
                     return None
             else:
                 attempt += 1
                 if attempt >= self.attempts:
                     return self._failed(request, "transport", message if status in (None, 200) else f"{status}: {message}")
                 self._count("retries")
-            delay = wait if wait is not None else min(MAX_BACK_OFF, BACK_OFF * 2 ** (attempt + limited - 1)) * random.uniform(0.5, 1)
+            delay = wait
+            if wait is None:
+                delay = min(MAX_BACK_OFF, BACK_OFF * 2 ** min(attempt + limited - 1, 30)) * random.uniform(0.5, 1)
             self.stopping.wait(min(delay, self.patience))
 
     def _failed(self, request, code, message, transport=True):
@@ -334,8 +352,8 @@ class ChatClient:
             self.counts["failed"] += 1
             failures, never = self.failures, not self.succeeded
         if transport and never:
-            self._stop(f"{self.url} gave no answer to the first request in {self.attempts} attempts: {message}. Is the server up and "
-                       "--base-url right (it usually ends in /v1)?")
+            self._stop(f"{self.url} gave no answer to the first request in {self.attempts} attempts: {message}. Is the server up "
+                       "and --base-url right (it usually ends in /v1)?")
         elif failures >= self.give_up_after:
             self._stop(f"{failures} requests in a row failed, the last with: {message}")
         return record(request, None, self.source, {"code": code, "message": message})
@@ -393,7 +411,8 @@ def _fault(error):
     names = {requests.ConnectTimeout: "connecting timed out", requests.ReadTimeout: "no complete answer in time",
              requests.exceptions.SSLError: "TLS failed", requests.exceptions.ProxyError: "the proxy failed"}
     inner = error.args[0] if error.args else ""
-    detail = inner if isinstance(inner, str) and re.fullmatch(r"[\w ]{3,40}", inner) else type(getattr(inner, "reason", inner)).__name__
+    plain = isinstance(inner, str) and re.fullmatch(r"[\w ]{3,40}", inner)
+    detail = inner if plain else type(getattr(inner, "reason", inner)).__name__
     return names.get(type(error), f"connection failed ({detail})")
 
 

@@ -80,8 +80,13 @@ def find_model(name, allow_download=False):
     except Exception as error:  # the hub client raises many types; the remedy is the same
         cache = huggingface_hub.constants.HF_HUB_CACHE
         why = f" ({type(error).__name__})" if allow_download else " and --allow-download was not given"
-        raise UserError(f"encoder {name!r} is neither a folder nor in the local hub cache {cache}{why}. Copy the model to a folder "
-                        "and pass it with --encoder FOLDER, or repeat with --allow-download and a connection") from None
+        raise UserError(f"encoder {name!r} is neither a folder nor in the local hub cache {cache}{why}. Copy the model to a "
+                        "folder and pass it with --encoder FOLDER, or repeat with --allow-download and a connection") from None
+
+
+def model_files(folder):
+    """{file name: SHA-256} of what determines a model's vectors: weights, configuration, tokenizer."""
+    return {p.name: sha256(p) for p in sorted(folder.iterdir()) if p.name in IDENTITY_FILES or p.suffix == ".safetensors"}
 
 
 def pick_device(name):
@@ -124,8 +129,7 @@ class TextEncoder:
         self.max_tokens = min(n for n in limits if n)
         self.identity = {
             "version": VECTOR_VERSION, "pooling": pooling, "normalize": normalize, "max_tokens": self.max_tokens,
-            "files": {p.name: sha256(p) for p in sorted(folder.iterdir())
-                      if p.name in IDENTITY_FILES or p.suffix == ".safetensors"},
+            "files": model_files(folder),
         }
         self.fingerprint = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
         self.cache = _Cache(cache, self.fingerprint, self.dim)
@@ -148,8 +152,8 @@ class TextEncoder:
                             "Expected config.json, a tokenizer and *.safetensors weights") from None
         missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)  # the pooler is not used
         if missing:
-            raise UserError(f"encoder {name!r}: the weights in {folder} lack {len(missing)} tensors of a {type(self.model).__name__}, "
-                            f"such as {missing[0]}; they would be random. Use a complete checkpoint")
+            raise UserError(f"encoder {name!r}: the weights in {folder} lack {len(missing)} tensors of a "
+                            f"{type(self.model).__name__}, such as {missing[0]}; they would be random. Use a complete checkpoint")
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.tokenizer.padding_side = "right"
@@ -200,7 +204,7 @@ class TextEncoder:
                 vectors = torch.nn.functional.normalize(vectors, dim=-1)
         vectors = vectors.float().cpu().numpy()
         if not np.isfinite(vectors).all():
-            raise UserError(f"the encoder gave NaN or infinite values for a batch with {texts[0][:80]!r}; its weights are damaged")
+            raise UserError(f"the encoder gave NaN or infinite values for a batch with {texts[0][:80]!r}: damaged weights?")
         return vectors
 
 
@@ -226,7 +230,8 @@ class _Cache:
                     return self.connection.executemany(statement, values)
                 return self.connection.execute(statement, values).fetchall()
         except sqlite3.DatabaseError as error:
-            raise UserError(f"text cache {self.path}: {error}. Nothing else is stored there: delete the file and run again") from None
+            raise UserError(f"text cache {self.path}: {error}. Nothing else is stored there: delete the file and run "
+                            "again") from None
 
     def read(self, keys):
         """{key: vector} of those `keys` that are stored."""

@@ -1,8 +1,8 @@
 """What an LLM is asked about a history, and how its answer is read. Pure functions: no files, no network, no clock.
 
-Two tasks: `interests`, the explicit interests of a history (paper 3.2.2, Eq. 3), and `partition`, its numbered items in named interest groups.
-Titles come from strangers. They enter a prompt as one cleaned line each and are never searched for placeholders, and
-whatever an answer holds can only become the text of an interest or the name of a group.
+Two tasks: `interests`, the explicit interests of a history (paper 3.2.2, Eq. 3), and `partition`, its numbered items in named
+interest groups. Titles come from strangers. They enter a prompt as one cleaned line each and are never searched for
+placeholders, and whatever an answer holds can only become the text of an interest or the name of a group.
 """
 import html
 import json
@@ -15,18 +15,20 @@ MAX_CHARACTERS = 300  # of one interest; a longer one is cut at a word
 
 INTERESTS_PROMPT = """The user's historical click sequence is as follows:
 {history}
-Infer the interests behind this sequence. Describe each one with a short phrase that says what kind of product the user looks for; merge \
-duplicates; give at most {max_interests}, the strongest first. Answer with one JSON object and nothing else, in this form:
+Infer the interests behind this sequence. Describe each one with a short phrase that says what kind of product the user looks \
+for; merge duplicates; give at most {max_interests}, the strongest first. Answer with one JSON object and nothing else, \
+in this form:
 {"1": "first interest", "2": "second interest"}"""
 
 PARTITION_PROMPT = """The user's historical click sequence is as follows, one numbered item a line:
 {history}
-Divide these items into groups, one group for each interest of the user. Put every number into exactly one group and name each group with \
-a short phrase that says what kind of product it is. Answer with one JSON object and nothing else, in this form:
+Divide these items into groups, one group for each interest of the user. Put every number into exactly one group and name \
+each group with a short phrase that says what kind of product it is. Answer with one JSON object and nothing else, in this form:
 {"name of an interest": [1, 3], "name of another interest": [2]}"""
 
 PROMPTS = {"interests": INTERESTS_PROMPT, "partition": PARTITION_PROMPT}
-PLACEHOLDERS = {"history": "the items, newest last", "max_interests": "the largest number of interests", "dataset": "the data set's name"}
+PLACEHOLDERS = {"history": "the items, newest last", "max_interests": "the largest number of interests",
+                "dataset": "the data set's name"}
 PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
 
 
@@ -93,17 +95,22 @@ class Parsed:
 
 THOUGHT = re.compile(r"<(think|thinking|reasoning)>.*?(</\1>|\Z)", re.S | re.I)
 REFUSAL = re.compile(
-    r"\b(i(['’]m| am) (sorry|unable|not able)|i (can(['’]t|not| ?not)|won['’]t|must decline)|as an ai\b|unable to (assist|help|comply)|"
-    r"cannot (assist|help|fulfil|provide|comply)|against (my|our) (guidelines|policy|policies))"
-    r"|抱歉|对不起|无法(提供|回答|协助|满足)|不能(提供|回答|协助)|申し訳|お答えでき|죄송|lo siento|no puedo (ayudar|proporcionar)|"
-    r"d[ée]sol[ée]|je ne peux pas|tut mir leid|kann ich (leider )?nicht|leider (kann|nicht)|desculpe|mi dispiace|извините|не могу", re.I)
-EMPTY = {"", "none", "null", "n a", "na", "nan", "unknown", "undefined", "no interest", "no interests", "interest", "string", "text",
-         "first interest", "second interest", "无", "暂无", "なし"}
-CONTAINERS = {"interests", "interest", "userinterests", "userinterest", "explicitinterests", "subinterests", "results", "result", "answer",
-              "answers", "output", "data", "response", "items", "list", "groups", "categories", "topics", "preferences", "json"}
-FIELDS = ("interest", "name", "title", "label", "topic", "phrase", "text", "value", "description", "summary", "category", "preference")
-NUMBERED_KEY = re.compile(r"\W*(?:(?:interests?|items?|topics?|groups?|no|number|兴趣|興趣|興味|nr|interés|intérêt)\W*)?\d+\W*", re.I)
+    r"\b(i(['’]m| am) (sorry|unable|not able)|i (can(['’]t|not| ?not)|won['’]t|must decline)|as an ai\b|"
+    r"unable to (assist|help|comply)|cannot (assist|help|fulfil|provide|comply)|against (my|our) (guidelines|policy|policies))"
+    r"|抱歉|对不起|无法(提供|回答|协助|满足)|不能(提供|回答|协助)|申し訳|お答えでき|죄송|"
+    r"lo siento|no puedo (ayudar|proporcionar)|d[ée]sol[ée]|je ne peux pas|tut mir leid|kann ich (leider )?nicht|"
+    r"leider (kann|nicht)|desculpe|mi dispiace|извините|не могу", re.I)
+EMPTY = {"", "none", "null", "n a", "na", "nan", "unknown", "undefined", "no interest", "no interests", "interest", "string",
+         "text", "first interest", "second interest", "无", "暂无", "なし"}
+CONTAINERS = {"interests", "interest", "userinterests", "userinterest", "explicitinterests", "subinterests", "results", "result",
+              "answer", "answers", "output", "data", "response", "items", "list", "groups", "categories", "topics",
+              "preferences", "json"}
+FIELDS = ("interest", "name", "title", "label", "topic", "phrase", "text", "value", "description", "summary", "category",
+          "preference")
+NUMBERED_KEY = re.compile(
+    r"\W*(?:(?:interests?|items?|topics?|groups?|no|number|兴趣|興趣|興味|nr|interés|intérêt)\W*)?\d+\W*", re.I)
 ERROR_KEYS = {"error", "refusal", "errormessage"}
+PAIR_LINE = re.compile(r'^[ \t]*["“]?(\d{1,3})["”]?[ \t]*[:：][ \t]*["“](.+?)["”][ \t]*,?[ \t]*$', re.M)
 LIST_LINE = re.compile(r"^\s*(?:\(?\d{1,3}\s*[.):：、．）]|[-*•‣–—·]|[一二三四五六七八九十]+、)\s*(\S.*)$")
 
 
@@ -171,7 +178,8 @@ def parse_partition(text, n_items, finish_reason=None):
     if usable and missing:
         merged.setdefault("other", []).extend(missing)
     notes += [f"{n} {kind}" for kind, n in [*counts.items(), ("missing", len(missing))] if n and best]
-    strict = strict and bool(values) and all(isinstance(v, list) and all(isinstance(n, int) for n in v) for v in values[-1].values())
+    strict = strict and bool(values) and all(isinstance(v, list) and all(isinstance(n, int) for n in v)
+                                             for v in values[-1].values())
     strict &= not (missing or counts["duplicate"] or counts["unknown"]) and len(merged) == len(best)
     outcome = _outcome(text, finish_reason, usable, strict, cut, refusal)
     return Parsed(outcome, [(name, sorted(numbers)) for name, numbers in merged.items()] if usable else [], notes)
@@ -195,8 +203,8 @@ def _body(text):
 
 
 def _values(text, notes):
-    """(strict, values, cut): all JSON values of an answer; strict if the text is one JSON object and nothing else, cut if its last
-    value ends before it is closed."""
+    """(strict, values, cut): all JSON values of an answer; strict if the text is one JSON object and nothing else, cut if its
+    last value ends before it is closed."""
     body = _body(text).strip()
     if body != text.strip():
         notes.append("thoughts")
@@ -212,11 +220,12 @@ def _values(text, notes):
     while match := re.compile(r"[{\[]").search(body, position):
         reader = _Reader(body, match.start())
         value = reader.value(0)
-        if value:
+        whole = match.start() == 0 and reader.position == len(body)
+        if value and (whole or not reader.bare):  # words in brackets within prose are no list of interests
             values.append(value)
             cut = reader.cut
         position = max(reader.position, match.start() + 1)
-    if not values and (pairs := re.findall(r'^[ \t]*["“]?(\d{1,3})["”]?[ \t]*[:：][ \t]*["“](.+?)["”][ \t]*,?[ \t]*$', body, re.M)):
+    if not values and (pairs := PAIR_LINE.findall(body)):
         values = [dict(pairs)]  # an object without its braces
     if values:
         notes.append("not strict JSON")
@@ -224,8 +233,9 @@ def _values(text, notes):
 
 
 class _Reader:
-    """A lenient JSON reader: single, curly or missing quotes, missing or trailing commas, comments, Python's None, and a tail that is
-    cut off (what is complete is kept, `cut` is set). Reads one value from `position`; never raises and never goes back."""
+    """A lenient JSON reader: single, curly or missing quotes, missing or trailing commas, comments, Python's None, and a tail
+    that is cut off (what is complete is kept, `cut` is set). Reads one value from `position`; never raises, never goes
+    back."""
     QUOTES = {'"': '"', "'": "'", "“": "”", "‘": "’", "„": "“", "「": "」", "«": "»", "`": "`"}
     SPACE = re.compile(r"(?:\s|//[^\n]*)*")
     BARE = re.compile(r"[^,:：，{}\[\]\n]+")
@@ -234,6 +244,7 @@ class _Reader:
 
     def __init__(self, text, position):
         self.text, self.position, self.cut = text, position, False
+        self.bare = False  # an element of an array or set has no quotes
 
     def _skip(self):
         self.position = self.SPACE.match(self.text, self.position).end()
@@ -284,6 +295,7 @@ class _Reader:
                     key = key if isinstance(key, str) else json.dumps(key, ensure_ascii=False)
                     result[key if key not in result else f"{key}#{len(result)}"] = value
             elif key is not None:  # a set such as {"a", "b"}
+                self.bare |= here not in self.QUOTES
                 result[str(len(result) + 1)] = key
             if self.position == before:
                 self.position += 1
@@ -304,6 +316,7 @@ class _Reader:
                 continue
             before = self.position
             value = self.value(depth + 1)
+            self.bare |= isinstance(value, str) and here not in self.QUOTES
             if value is not None:
                 result.append(value)
             if self.position == before:

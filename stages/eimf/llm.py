@@ -1,8 +1,8 @@
 """Where answers come from (back ends) and where they are kept (the journal).
 
-A request is one chat completion. Its key is the SHA-256 of its body (model, messages, parameters), so an answer is used again exactly
-when model, prompt and parameters are the same, whatever the run, split or preference. Records have the shape of OpenAI's Batch
-output lines, with `key` and `source` added.
+A request is one chat completion. Its key is the SHA-256 of its body (model, messages, parameters), so an answer is used
+again exactly when model, prompt and parameters are the same, whatever the run, split or preference. Records have the shape of
+OpenAI's Batch output lines, with `key` and `source` added.
 
 A back end has a `model` name that goes into the request bodies, a `source` stamp, and two methods:
 
@@ -73,9 +73,9 @@ def malformed(body):
     """What is wrong with a chat completion, or None."""
     try:
         choice = body["choices"][0]
-        content = choice["message"].get("content")
+        content, reason = choice["message"].get("content"), choice.get("finish_reason")
         usage = body.get("usage") or {}
-        if not (content is None or isinstance(content, (str, list))) or not isinstance(choice.get("finish_reason"), (str, type(None))):
+        if not isinstance(content, (str, list, type(None))) or not isinstance(reason, (str, type(None))):
             return "content or finish_reason has an unexpected type"
         if not isinstance(usage, dict) or not all(isinstance(usage.get(k), (int, type(None))) for k in TOKENS):
             return "usage has an unexpected type"
@@ -172,12 +172,13 @@ def read_batch(path):
                 try:
                     entry = json.loads(line)
                     response = entry["response"]
-                    entry["custom_id"].split
-                    if response is not None:
-                        response["status_code"], response["body"]
+                    complete = isinstance(entry["custom_id"], str) and (
+                        response is None or response.keys() >= {"status_code", "body"})
+                    if not complete:
+                        raise KeyError
                 except (ValueError, KeyError, TypeError, AttributeError):
-                    raise UserError(f"{path}:{number}: no line of OpenAI's Batch output (custom_id, response with status_code and "
-                                    f"body), found {line[:80]!r}") from None
+                    raise UserError(f"{path}:{number}: no line of OpenAI's Batch output (custom_id, response with status_code "
+                                    f"and body), found {line[:80]!r}") from None
                 yield number, entry
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read to its end: {error}") from None
@@ -212,8 +213,8 @@ class Responses:
 
 
 class Offline:
-    """The deterministic summariser of `eimf.offline`; stamped `offline`, never an LLM's. It depends on the item table too, which no
-    key covers, so its answers are made anew each time."""
+    """The deterministic summariser of `eimf.offline`; stamped `offline`, never an LLM's. It depends on the item table too,
+    which no key covers, so its answers are made anew each time."""
     source = model = "offline"
     reusable = False
 
@@ -242,8 +243,8 @@ class Recorded:
     def answers(self, requests):
         for request in requests:
             body = self.responses.body(request)
-            yield record(request, body, self.source) if body else record(
-                request, None, self.source, {"code": "no_recording", "message": f"no recorded answer, matched by {self.responses.match}"})
+            error = {"code": "no_recording", "message": f"no recorded answer, matched by {self.responses.match}"}
+            yield record(request, body, self.source, None if body else error)
 
     def close(self):
         pass
@@ -293,17 +294,22 @@ class Local:
         if batch:
             yield from self._generate(batch)
 
+    def count(self, text):
+        """Tokens of a text."""
+        return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
     def _generate(self, batch):
         import torch
         body = batch[0].body
-        texts = [self.tokenizer.apply_chat_template(r.body["messages"], tokenize=False, add_generation_prompt=True) for r in batch]
+        texts = [self.tokenizer.apply_chat_template(request.body["messages"], tokenize=False, add_generation_prompt=True)
+                 for request in batch]
         tokens = self.tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False).to(self.device)
         settings = {"do_sample": False} if not body["temperature"] else {"do_sample": True, "temperature": body["temperature"]}
         torch.manual_seed(int(batch[0].key[:8], 16))
         try:
             with torch.inference_mode():
-                output = self.network.generate(**tokens, max_new_tokens=body["max_tokens"], pad_token_id=self.tokenizer.pad_token_id,
-                                               **settings)
+                output = self.network.generate(**tokens, max_new_tokens=body["max_tokens"],
+                                               pad_token_id=self.tokenizer.pad_token_id, **settings)
         except torch.cuda.OutOfMemoryError:
             if len(batch) == 1:
                 yield record(batch[0], None, self.source, {"code": "out_of_memory", "message": f"{len(texts[0])} characters"})

@@ -2,23 +2,26 @@
 
 Its phrases are no LLM's answers; whatever stores them stamps them `offline`.
 """
+import functools
 import math
 import re
 from collections import Counter
 
-from .interests import clean_text
+from .interests import clean_text as uncached_clean_text
 
 MAX_WORDS = 6   # distinguishing title words in a phrase
 MIN_TITLES = 3  # a word of fewer titles names one product, not a taste
-STOP_WORDS = set("a an and are as at by for from in into is it its of on or per the this to with without you your new pack set of "
-                 "count inch inches tm pk package bottle bottles feet oz ounce ounces ml pcs piece pieces size x".split())
-NO_BRAND = {"", "unknown", "generic", "n/a", "none"}
+STOP_WORDS = set("a an and are as at by for from in into is it its of on or per the this to with without you your new pack set "
+                 "of count inch inches tm pk package bottle bottles feet oz ounce ounces ml pcs piece pieces size x".split())
+
+clean_text = functools.lru_cache(maxsize=1 << 18)(uncached_clean_text)  # the same titles come in many histories
 
 
+@functools.lru_cache(maxsize=1 << 18)
 def words(text):
-    """Lower-case words of a text, without numbers, units and stop words, in order."""
-    return [w for w in re.findall(r"[^\W_]+(?:['-][^\W_]+)*", text.lower())
-            if len(w) > 1 and w not in STOP_WORDS and not any(c.isdigit() for c in w)]
+    """Lower-case words of a text, without numbers, units and stop words, in order: a tuple."""
+    return tuple(w for w in re.findall(r"[^\W_]+(?:['-][^\W_]+)*", text.lower())
+            if len(w) > 1 and w not in STOP_WORDS and not any(c.isdigit() for c in w))
 
 
 class Summarizer:
@@ -43,25 +46,28 @@ class Summarizer:
     def groups(self, history):
         """Positions of a history's items by what they are: [(name, [position, ...]), ...], largest first, then most recent.
 
-        history: item dicts, oldest first. An item belongs to its leaf category; one without categories joins the group
-        whose leaf its title names, or else shares the title word that most of the other such items have.
+        history: item dicts, oldest first. An item belongs to its leaf category. Those without categories are grouped by the
+        pair of neighbouring title words that most of them share, again and again; without title and categories an item is in
+        no group.
         """
-        members, loose = {}, []
+        members, names, loose = {}, {}, []
         for position, item in enumerate(history):
             path = [clean_text(c) for c in item["categories"] or [] if clean_text(c)]
             if path:
-                members.setdefault(path[-1], []).append(position)
+                name = names.setdefault(path[-1].casefold(), path[-1])
+                members.setdefault(name, []).append(position)
             else:
                 loose.append(position)
-        while loose:  # the pair of neighbouring words, or the word, that covers most of what is left
-            counts = Counter(gram for p in loose for gram in self._grams(history[p]))
-            if not counts:
-                break
+        grams = {p: self._grams(history[p]) for p in loose}
+        loose = [p for p in loose if grams[p]]
+        while loose:
+            counts = Counter(gram for p in loose for gram in grams[p])
             gram = max(counts, key=lambda g: (counts[g], sum(map(self.weight, g)), g))
-            covered = [p for p in loose if gram in self._grams(history[p])]
-            members.setdefault(" ".join(gram), []).extend(covered)
-            loose = [p for p in loose if p not in covered]
-        return sorted(members.items(), key=lambda group: (-len(group[1]), -max(group[1]), group[0]))
+            name = names.setdefault(" ".join(gram), " ".join(gram))
+            members.setdefault(name, []).extend(p for p in loose if gram in grams[p])
+            loose = [p for p in loose if gram not in grams[p]]
+        groups = ((name, sorted(positions)) for name, positions in members.items())
+        return sorted(groups, key=lambda group: (-len(group[1]), -max(group[1]), group[0]))
 
     def _grams(self, item):
         tokens = words(clean_text(item["title"]))
@@ -76,11 +82,11 @@ class Summarizer:
             for word in re.findall(r"[^\W_]+(?:['-][^\W_]+)*", title):
                 spelling[word.lower()] = word
             for word in set(words(title)):
-                if self.frequency[word] >= MIN_TITLES and word not in known and word.rstrip("s") not in known and word + "s" not in known:
+                if self.frequency[word] >= MIN_TITLES and known.isdisjoint((word, word.rstrip("s"), word + "s")):
                     score[word] += self.weight(word)
         best = sorted(score, key=lambda w: (-score[w], w))[:MAX_WORDS]
-        order = {w: i for i, w in enumerate(dict.fromkeys(w for item in reversed(items) for w in words(clean_text(item["title"]))))}
-        details = " ".join(spelling.get(w, w) for w in sorted(best, key=order.get))
+        order = dict.fromkeys(w for item in reversed(items) for w in words(clean_text(item["title"])))
+        details = " ".join(spelling.get(w, w) for w in order if w in best)
         return f"{name}: {details}" if details else name
 
     def interests(self, history, limit=20):

@@ -1,4 +1,6 @@
 """Which prompts a run asks, over which events, and the proof that they saw nothing else. Used by 04_infer_interests."""
+import threading
+
 import numpy as np
 
 from .artifacts import UserError
@@ -12,13 +14,18 @@ FINAL = {"refused", "rejected", "no_recording"}  # failures that asking again do
 def token_counter(folder):
     """text -> tokens, by a tokenizer, or estimated: four ASCII characters or one other character a token."""
     if folder is None:
-        return lambda text: -(-(n := sum(map(str.isascii, text))) // 4) + len(text) - n
+        return lambda text: -(-(n := len(text.encode("ascii", "ignore"))) // 4) + len(text) - n
     import transformers
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise UserError(f"--tokenizer {folder}: {str(error).splitlines()[0]}") from None
-    return lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    lock = threading.Lock()  # a tokenizer is not made for several threads
+
+    def count(text):
+        with lock:
+            return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return count
 
 
 class Prompts:
@@ -32,13 +39,14 @@ class Prompts:
         if typical is not None:
             place = np.full(interactions.n_users, -1)
             place[users] = np.arange(len(users))
-            if typical.ndim != 1 or typical.dtype != np.int64 or (len(typical) and not 0 <= typical.min() <= typical.max() < len(place)):
+            inside = len(typical) == 0 or 0 <= typical.min() <= typical.max() < len(place)
+            if typical.ndim != 1 or typical.dtype != np.int64 or not inside:
                 raise UserError(f"typical_users.npy: expected int64 user numbers below {len(place)}, found {typical.dtype} "
                                 f"{typical.shape}. Run stage 03_cluster_users again")
             place = place[typical]
             if (place < 0).any():
-                raise UserError(f"typical_users.npy: user {typical[place < 0][0]} is no training user, so its history must not be seen. "
-                                "Run stage 03_cluster_users again on this split")
+                raise UserError(f"typical_users.npy: user {typical[place < 0][0]} is no training user, so its history must not "
+                                "be seen. Run stage 03_cluster_users again on this split")
             users, start, end = typical, start[place], end[place]
         if args.prefix_only:
             end = start + np.maximum(1, ((end - start) * HISTORY_FRACTION).astype(np.int64))
@@ -47,14 +55,18 @@ class Prompts:
         self.events, self.template = interactions.items, template
         self.fields = (args.item_text or ("title,categories" if args.llm == "offline" else "title")).split(",")
         self.shown_start, self.truncated, self.keys = end.copy(), 0, []
+        self.described = {}  # item number -> (line, tokens)
 
     def history(self, index):
         """(item numbers, lines, was truncated) of a prompt, oldest first: the newest items that fit into --max-prompt-tokens."""
         budget = self.args.max_prompt_tokens - self.count(self.template)
         numbers, lines, truncated = [], [], False
         for position in range(self.end[index] - 1, self.start[index] - 1, -1):
-            line = describe(self.items[self.events[position]], self.fields)
-            tokens = self.count(line) + 2
+            number = int(self.events[position])
+            if number not in self.described:
+                line = describe(self.items[number], self.fields)
+                self.described[number] = line, self.count(line) + 2
+            line, tokens = self.described[number]
             if line and numbers and tokens > budget:
                 truncated = True
                 break
@@ -63,7 +75,7 @@ class Prompts:
                 if tokens > budget:  # one title longer than everything: its beginning
                     line, truncated = line[:max(1, int(len(line) * budget / tokens))], True
                 budget -= tokens
-                numbers.append(int(self.events[position]))
+                numbers.append(number)
                 lines.append(line)
         return numbers[::-1], lines[::-1], truncated
 
@@ -75,8 +87,11 @@ class Prompts:
         if not lines:
             return None
         args = self.args
-        body = {"model": self.model, "messages": [{"role": "user", "content": build_prompt(self.template, args.task, lines, args.dataset)}],
+        content = build_prompt(self.template, args.task, lines, args.dataset)
+        body = {"model": self.model, "messages": [{"role": "user", "content": content}],
                 "temperature": args.temperature, "max_tokens": args.max_tokens}
+        if args.llm == "recorded" and args.match == "user":
+            body["user"] = self.user_ids[self.users[index]]  # another user's answer is another answer, even to the same prompt
         if args.json_mode:
             body["response_format"] = {"type": "json_object"}
         user_id = self.user_ids[self.users[index]]
@@ -128,9 +143,13 @@ class Prompts:
             parsed, source, model = self.parse(entry, index), entry["source"], answer_text(entry)[2]
             outcome, value, notes = parsed.outcome, parsed.value, parsed.notes
         else:
-            error = entry["error"] if entry else {"code": "not_asked" if key else "no_text", "message": "no item of the history has text"
-                                                  if not key else "no answer was asked for"}
-            outcome, value, notes = "refused" if error["code"] == "refused" else "failed", [], [f"{error['code']}: {error['message']}"]
+            error = {"code": "not_asked", "message": "no answer was asked for"}
+            if entry:
+                error = entry["error"]
+            elif key is None:
+                error = {"code": "no_text", "message": "no item of the history has text"}
+            outcome = "refused" if error["code"] == "refused" else "failed"
+            value, notes = [], [f"{error['code']}: {error['message']}"]
         if not value:
             source, model = "titles", None
         if self.args.task == "partition":
