@@ -133,7 +133,7 @@ public:
         const size_t wanted = std::min(length, n() - 1);
         TopNProblem problem{kernels_, centred_.data(), n(), d_, bias_.data(), nullptr, count, 1, wanted + 1, {}, {}, {}};
         problem.rows = [&](size_t q) { return centred_.data() + static_cast<size_t>(which[q]) * d_; };
-        problem.result = [&](size_t q, const RankKey *keys, size_t found) {
+        problem.result = [&](size_t q, const RankKey *keys, const int32_t *, size_t found) {
             const size_t i = which[q];
             Buffer<Neighbour> list(memory, found);
             size_t kept = 0;
