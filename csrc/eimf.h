@@ -97,7 +97,7 @@ typedef struct eimf_ap_options {
 typedef struct eimf_ap_result {
     size_t n_exemplars;
     size_t n_iter;         /* iterations done */
-    int converged;         /* 0: max_iter reached; the outputs then hold the best state of the last convergence_iter ones */
+    int converged;         /* 0: max_iter reached; the outputs then hold the best of the last convergence_iter states and one cluster */
     size_t n_unassigned;   /* sparse only: points without an edge to any exemplar, label -1 */
     double net_similarity; /* sum of s(i, exemplar of i) over the others + sum of the exemplars' preferences */
     size_t peak_bytes;     /* most work memory held at once */

@@ -1,4 +1,4 @@
-// The innermost loops of scoring, one version per instruction set, all with the same result bits.
+// The innermost loops, one version per instruction set, all with the same result bits.
 #pragma once
 
 #include <cstddef>
@@ -29,6 +29,17 @@ struct ScoreKernels {
 
     // How many of the scores are above `threshold`.
     size_t (*count_above)(const float *scores, size_t count, float threshold);
+
+    // Affinity propagation on a stretch of one row of explicit messages. First a is updated from the column sums and r,
+    // a = damping a + gain min(0, column_sum - max(0, r)), and the two largest a + s are kept in best and second; then r from
+    // those: r = damping r + gain (s - (a + s == best ? second : best)), and max(0, r) is added to the column's partial sum.
+    void (*row_availabilities)(const float *s, const float *r, float *a, const float *column_sum, size_t n, float damping, float gain,
+                               float *best, float *second);
+    void (*row_responsibilities)(const float *s, float *r, const float *a, size_t n, float damping, float gain, float best,
+                                 float second, float *partial);
+
+    // Squared Euclidean distance, in float64 over eight interleaved partial sums.
+    double (*squared_distance)(const float *x, const float *y, size_t d);
 
     // panel[t * width + j] = items[j][t] for all j < width. Returns the largest magnitude's bits: 0x7f800000 or more if a
     // value is not finite.
