@@ -357,11 +357,7 @@ public:
             result->converged = 1;
             return found;
         }
-        for (size_t i = 0; i < n_; ++i) {
-            double scale = std::fabs(preference_[i]);
-            if (rows_[i].length) scale = std::max(scale, std::fabs(static_cast<double>(rows_[i].s[0])));
-            p_[i] = preference_[i] - std::ldexp(scale, -32) * spread(static_cast<uint32_t>(i));
-        }
+        decide_ties(-32);
         Clustering best;
         best.net_similarity = -std::numeric_limits<double>::infinity();
         const size_t first_candidate = options_.max_iter - std::min(options_.max_iter, options_.convergence_iter);
@@ -425,6 +421,16 @@ private:
                                set_row(i, grown_[i].data(), sorted, length, bound);
                            });
         report(0, 0);
+    }
+
+    // Lower each preference by a little of its own, at most 2^exponent of its size, so that columns that serve equally differ. The
+    // difference must outlast rounding: the messages of lists are float64, explicit ones float32.
+    void decide_ties(int exponent) {
+        for (size_t i = 0; i < n_; ++i) {
+            double scale = std::fabs(preference_[i]);
+            if (rows_[i].length) scale = std::max(scale, std::fabs(static_cast<double>(rows_[i].s[0])));
+            p_[i] = preference_[i] - std::ldexp(scale, exponent) * spread(static_cast<uint32_t>(i));
+        }
     }
 
     // Cases with a known answer, where messages would only oscillate.
@@ -568,7 +574,7 @@ private:
     bool should_be_dense(const std::vector<uint32_t> &lengths) const {
         size_t listed = std::accumulate(lengths.begin(), lengths.end(), size_t{0});
         for (const Row &row : rows_) listed += row.length;
-        return listed > n_ / 12 * n_;
+        return listed > n_ / 4 * n_;
     }
 
     // Write all messages out. Blocks without waiting rows have done this iteration's responsibilities already. False if pairs are missing
@@ -601,6 +607,7 @@ private:
             }
         });
         dense_s_ = s;
+        decide_ties(-18);
         return true;
     }
 
