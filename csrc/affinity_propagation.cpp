@@ -6,8 +6,12 @@
 //   a(i,k) = column[k]                    never positive, so each update saw the column sum alone
 // Both follow from the damped updates started at 0, with weight = 1 - damping^t.
 // Entries with r > 0, and the row's best, have s(i,k) >= the row's best value, so they are a prefix of the list.
+//
+// Where preferences are so low that the lists would approach whole rows, all messages are written out as float32 n x n arrays and
+// the run goes on with those (become_dense): then one sweep over 20 n^2 bytes an iteration is cheaper.
 #include <algorithm>
 #include <cstring>
+#include <map>
 #include <numeric>
 
 #include "top_n.hpp"
@@ -16,7 +20,7 @@ namespace eimf {
 namespace {
 
 constexpr double NEVER = -1e300;  // stands for minus infinity where arithmetic must stay finite
-constexpr size_t FIRST_LENGTH = 64;
+constexpr size_t FIRST_LENGTH = 64, GROWTH = 4;
 constexpr size_t SELF = static_cast<size_t>(-1);
 
 // One row's neighbours. id and s: by falling s, equal s by rising id. r and a: of the first `used` entries.
@@ -46,6 +50,8 @@ public:
     // Give each of `which` a list of at least `length` neighbours (or all there are), by calling fill(i, neighbours, bound).
     using Fill = std::function<void(size_t i, const Neighbour *sorted, size_t length, float bound)>;
     virtual void neighbours(const uint32_t *which, size_t count, size_t length, Team &team, Memory &memory, const Fill &fill) const = 0;
+    // All similarities, row after row, in `storage` or elsewhere (the diagonal is arbitrary); nullptr if pairs are missing.
+    virtual const float *matrix(Team &team, Memory &memory, Buffer<float> &storage) const = 0;
     // s(i,k); false if i has no edge to k.
     virtual bool similarity(size_t i, size_t k, double *s) const = 0;
     // For each member, the sum of s(i, member) over the other members (NEVER where one has no edge to it).
@@ -65,21 +71,6 @@ size_t best_of(const double *preference, const std::vector<double> &score, doubl
 }
 
 // ---------------------------------------------------------------------------------------------------------------- points
-
-double squared_distance(const float *x, const float *y, size_t d) {
-    double lane[8] = {};
-    size_t t = 0;
-    for (; t + 8 <= d; t += 8)
-        for (size_t j = 0; j < 8; ++j) {
-            const double difference = static_cast<double>(x[t + j]) - y[t + j];
-            lane[j] += difference * difference;
-        }
-    for (; t < d; ++t) {
-        const double difference = static_cast<double>(x[t]) - y[t];
-        lane[t % 8] += difference * difference;
-    }
-    return ((lane[0] + lane[4]) + (lane[1] + lane[5])) + ((lane[2] + lane[6]) + (lane[3] + lane[7]));
-}
 
 // Points with minus the squared distance; row i is weighted by the number of equal points it stands for, which makes the
 // merged problem's net similarity that of the whole one.
@@ -116,7 +107,7 @@ public:
     size_t n() const override { return point_.size(); }
 
     bool similarity(size_t i, size_t k, double *s) const override {
-        *s = -squared_distance(row(i), row(k), d_) * weight_[i];
+        *s = -kernels_->squared_distance(row(i), row(k), d_) * weight_[i];
         return true;
     }
 
@@ -133,7 +124,7 @@ public:
         const size_t wanted = std::min(length, n() - 1);
         TopNProblem problem{kernels_, centred_.data(), n(), d_, bias_.data(), nullptr, count, 1, wanted + 1, {}, {}, {}};
         problem.rows = [&](size_t q) { return centred_.data() + static_cast<size_t>(which[q]) * d_; };
-        problem.result = [&](size_t q, const RankKey *keys, size_t found) {
+        problem.result = [&](size_t q, const RankKey *keys, const int32_t *, size_t found) {
             const size_t i = which[q];
             Buffer<Neighbour> list(memory, found);
             size_t kept = 0;
@@ -149,6 +140,34 @@ public:
             fill(i, list.data(), kept, bound);
         };
         top_n(problem, team, memory);
+    }
+
+    const float *matrix(Team &team, Memory &memory, Buffer<float> &storage) const override {
+        storage = Buffer<float>(memory, checked_product(n(), n()));
+        const size_t width = kernels_->width, rows_per_block = 256;
+        team.run((n() + rows_per_block - 1) / rows_per_block, [&](size_t block) {
+            Buffer<float> panel(memory, width * d_);
+            float scores[8 * 64], bias[64];
+            const float *item[64];
+            const size_t first = block * rows_per_block, last = std::min(n(), first + rows_per_block);
+            for (size_t k = 0; k < n(); k += width) {
+                const size_t here = std::min(width, n() - k);
+                for (size_t j = 0; j < width; ++j) {
+                    item[j] = &centred_[(k + std::min(j, here - 1)) * d_];
+                    bias[j] = bias_[k + std::min(j, here - 1)];
+                }
+                kernels_->pack(item, d_, panel.data());
+                for (size_t i = first; i < last; i += kernels_->rows) {
+                    const size_t count = std::min(kernels_->rows, last - i);
+                    kernels_->tile(panel.data(), bias, &centred_[i * d_], count, d_, scores);
+                    for (size_t r = 0; r < count; ++r)
+                        for (size_t j = 0; j < here; ++j)
+                            storage[(i + r) * n() + k + j] =
+                                std::min(0.0f, 2 * (scores[r * width + j] + bias_[i + r])) * static_cast<float>(weight_[i + r]);
+                }
+            }
+        });
+        return storage.data();
     }
 
     void medoid_scores(const uint32_t *members, size_t count, double *scores) const override {
@@ -184,7 +203,7 @@ public:
 private:
     const float *row(size_t i) const { return x_ + static_cast<size_t>(point_[i]) * d_; }
     Neighbour entry(size_t i, size_t k) const {
-        return {static_cast<float>(-squared_distance(row(i), row(k), d_) * weight_[i]), static_cast<uint32_t>(k)};
+        return {static_cast<float>(-kernels_->squared_distance(row(i), row(k), d_) * weight_[i]), static_cast<uint32_t>(k)};
     }
 
     const float *x_;
@@ -225,6 +244,7 @@ public:
             fill(i, all.data(), wanted, whole ? -std::numeric_limits<float>::infinity() : all[wanted - 1].s);
         });
     }
+    const float *matrix(Team &, Memory &, Buffer<float> &) const override { return s_; }
     void medoid_scores(const uint32_t *members, size_t count, double *scores) const override {
         std::fill_n(scores, count, 0.0);
         for (size_t i = 0; i < count; ++i)
@@ -276,6 +296,7 @@ public:
             }
         });
     }
+    const float *matrix(Team &, Memory &, Buffer<float> &) const override { return nullptr; }
     void medoid_scores(const uint32_t *members, size_t count, double *scores) const override {
         std::fill_n(scores, count, 0.0);
         std::vector<size_t> edges(count, 0);
@@ -317,8 +338,9 @@ constexpr uint32_t NOBODY = std::numeric_limits<uint32_t>::max();
 
 class Engine {
 public:
-    Engine(const Source &source, const double *preference, const eimf_ap_options &options, Team &team, Memory &memory)
-        : source_(source), options_(options), team_(team), memory_(memory), n_(source.n()), preference_(preference), rows_(n_),
+    Engine(const Source &source, const double *preference, const eimf_ap_options &options, const ScoreKernels *kernels, Team &team,
+           Memory &memory)
+        : source_(source), options_(options), kernels_(kernels), team_(team), memory_(memory), n_(source.n()), preference_(preference), rows_(n_),
           grown_(n_), p_(memory, n_), best_(memory, n_), second_(memory, n_), arg_(memory, n_), level_(memory, n_, 0.0),
           r_self_(memory, n_, 0.0), a_self_(memory, n_, 0.0), column_(memory, n_, 0.0), column_sum_(memory, n_, 0.0),
           is_exemplar_(memory, n_, uint8_t{0}), unchanged_(memory, n_, uint32_t{0}) {
@@ -335,11 +357,7 @@ public:
             result->converged = 1;
             return found;
         }
-        for (size_t i = 0; i < n_; ++i) {
-            double scale = std::fabs(preference_[i]);
-            if (rows_[i].length) scale = std::max(scale, std::fabs(static_cast<double>(rows_[i].s[0])));
-            p_[i] = preference_[i] - std::ldexp(scale, -32) * spread(static_cast<uint32_t>(i));
-        }
+        decide_ties(-32);
         Clustering best;
         best.net_similarity = -std::numeric_limits<double>::infinity();
         const size_t first_candidate = options_.max_iter - std::min(options_.max_iter, options_.convergence_iter);
@@ -359,6 +377,10 @@ public:
             }
         }
         result->converged = 0;
+        size_t k = 0;
+        double single = 0;
+        if (source_.best_single(preference_, &k, &single) && (best.exemplars.empty() || single > best.net_similarity))
+            best = assigned({static_cast<uint32_t>(k)});  // oscillating runs can be worse than one cluster
         if (best.exemplars.empty()) {  // no exemplar in sight: the point that is nearest to being one
             size_t top = 0;
             for (size_t k = 1; k < n_; ++k)
@@ -399,6 +421,16 @@ private:
                                set_row(i, grown_[i].data(), sorted, length, bound);
                            });
         report(0, 0);
+    }
+
+    // Lower each preference by a little of its own, at most 2^exponent of its size, so that columns that serve equally differ. The
+    // difference must outlast rounding: the messages of lists are float64, explicit ones float32.
+    void decide_ties(int exponent) {
+        for (size_t i = 0; i < n_; ++i) {
+            double scale = std::fabs(preference_[i]);
+            if (rows_[i].length) scale = std::max(scale, std::fabs(static_cast<double>(rows_[i].s[0])));
+            p_[i] = preference_[i] - std::ldexp(scale, exponent) * spread(static_cast<uint32_t>(i));
+        }
     }
 
     // Cases with a known answer, where messages would only oscillate.
@@ -449,9 +481,9 @@ private:
         size_t j = 0;
         for (; j < row.used; ++j) see(row.s[j] + row.a[j], j);
         for (; j < row.length && row.s[j] > second; ++j) see(row.s[j] + column_[row.id[j]], j);
+        second_[i] = std::max(second, NEVER);
         if (j == row.length && row.bound > second) return false;
         best_[i] = best;
-        second_[i] = std::max(second, NEVER);
         arg_[i] = arg;
         return true;
     }
@@ -479,6 +511,10 @@ private:
     }
 
     void responsibilities() {
+        if (dense_s_) {
+            team_.run(blocks_, [this](size_t b) { dense_block(b, static_cast<float>(options_.damping)); });
+            return;
+        }
         team_.run(blocks_, [this](size_t b) {
             const size_t first = b * n_ / blocks_, last = (b + 1) * n_ / blocks_;
             waiting_[b].clear();
@@ -496,7 +532,13 @@ private:
         std::vector<uint32_t> short_rows;
         for (uint32_t b : blocked) short_rows.insert(short_rows.end(), waiting_[b].begin(), waiting_[b].end());
         while (!short_rows.empty()) {
-            grow(short_rows);
+            const std::vector<uint32_t> lengths = lengths_for(short_rows);
+            if (should_be_dense(lengths) && become_dense()) {
+                // Availabilities of this iteration are there already, so they are kept as they are: damping 1.
+                team_.run(blocked.size(), [&](size_t q) { dense_block(blocked[q], 1.0f); });
+                return;
+            }
+            grow(short_rows, lengths);
             std::vector<uint32_t> still;
             for (uint32_t i : short_rows)
                 if (!scan(i)) still.push_back(i);
@@ -508,22 +550,93 @@ private:
         });
     }
 
-    // Double the lists of these rows.
-    void grow(const std::vector<uint32_t> &short_rows) {
-        std::vector<std::vector<uint32_t>> by_length;  // rows whose lists grow to 2^power
-        for (uint32_t i : short_rows) {
-            size_t power = 0;
-            while ((size_t{1} << power) < 2 * static_cast<size_t>(rows_[i].length)) ++power;
-            if (by_length.size() <= power) by_length.resize(power + 1);
-            by_length[power].push_back(i);
+    // How long the lists of these rows should become: an estimate of the neighbours that are more similar than the second best
+    // value so far, from a sample of 32, and GROWTH times the present length at least. Powers of 2.
+    std::vector<uint32_t> lengths_for(const std::vector<uint32_t> &short_rows) {
+        std::vector<uint32_t> lengths(short_rows.size());
+        team_.run((short_rows.size() + 255) / 256, [&](size_t block) {
+            for (size_t q = block * 256; q < std::min(short_rows.size(), (block + 1) * 256); ++q) {
+                const size_t i = short_rows[q];
+                size_t above = 0, power = 0;
+                for (size_t sample = 0; sample < 32; ++sample) {
+                    double s;
+                    above += source_.similarity(i, (i + 1 + sample * n_ / 32) % n_, &s) && s > second_[i];
+                }
+                const size_t wanted = std::max(GROWTH * rows_[i].length, above * n_ / 32);
+                while ((size_t{1} << power) < wanted) ++power;
+                lengths[q] = static_cast<uint32_t>(std::min(n_ - 1, size_t{1} << power));
+            }
+        });
+        return lengths;
+    }
+
+    // Would the lists hold more than a part of all pairs?
+    bool should_be_dense(const std::vector<uint32_t> &lengths) const {
+        size_t listed = std::accumulate(lengths.begin(), lengths.end(), size_t{0});
+        for (const Row &row : rows_) listed += row.length;
+        return listed > n_ / 4 * n_;
+    }
+
+    // Write all messages out. Blocks without waiting rows have done this iteration's responsibilities already. False if pairs are missing
+    // or the memory limit forbids it.
+    bool become_dense() {
+        const size_t pairs = checked_product(n_, n_);
+        if (options_.memory_limit && memory_.held() + 3 * pairs * sizeof(float) > options_.memory_limit) return false;
+        const float *s = source_.matrix(team_, memory_, dense_storage_);
+        if (!s) return false;
+        dense_r_ = Buffer<float>(memory_, pairs);
+        dense_a_ = Buffer<float>(memory_, pairs);
+        dense_partial_ = Buffer<float>(memory_, checked_product(blocks_, n_), 0.0f);
+        dense_column_sum_ = Buffer<float>(memory_, n_, 0.0f);
+        const double next_weight = options_.damping * weight_ + 1 - options_.damping;
+        team_.run(blocks_, [&](size_t b) {
+            const double weight = waiting_[b].empty() ? next_weight : weight_;
+            for (size_t i = b * n_ / blocks_; i < (b + 1) * n_ / blocks_; ++i) {
+                float *r = &dense_r_[i * n_], *a = &dense_a_[i * n_];
+                const Row &row = rows_[i];
+                if (dense_storage_.size())
+                    for (size_t j = 0; j < row.length; ++j) dense_storage_[i * n_ + row.id[j]] = row.s[j];
+                for (size_t k = 0; k < n_; ++k) {
+                    r[k] = static_cast<float>(weight * s[i * n_ + k] - level_[i]);
+                    a[k] = static_cast<float>(column_[k]);
+                }
+                for (size_t j = 0; j < row.used; ++j) {
+                    r[row.id[j]] = static_cast<float>(row.r[j]);
+                    a[row.id[j]] = static_cast<float>(row.a[j]);
+                }
+            }
+        });
+        dense_s_ = s;
+        decide_ties(-18);
+        return true;
+    }
+
+    // One iteration of the block's rows on explicit messages; the diagonal is kept apart, as ever.
+    void dense_block(size_t b, float damping) {
+        const float keep = static_cast<float>(options_.damping), gain = 1 - keep;
+        for (size_t i = b * n_ / blocks_; i < (b + 1) * n_ / blocks_; ++i) {
+            const float *s = dense_s_ + i * n_;
+            float *r = &dense_r_[i * n_], *a = &dense_a_[i * n_], *partial = &dense_partial_[b * n_];
+            float best = -std::numeric_limits<float>::infinity(), second = best;
+            kernels_->row_availabilities(s, r, a, dense_column_sum_.data(), i, damping, 1 - damping, &best, &second);
+            kernels_->row_availabilities(s + i + 1, r + i + 1, a + i + 1, &dense_column_sum_[i] + 1, n_ - i - 1, damping, 1 - damping, &best, &second);
+            const double self = a_self_[i] + p_[i], others = best;
+            if (self > best) second = best = static_cast<float>(self);
+            else if (self > second) second = static_cast<float>(self);
+            r_self_[i] = options_.damping * r_self_[i] + (1 - options_.damping) * (p_[i] - (self > others ? others : static_cast<double>(best)));
+            kernels_->row_responsibilities(s, r, a, i, keep, gain, best, second, partial);
+            kernels_->row_responsibilities(s + i + 1, r + i + 1, a + i + 1, n_ - i - 1, keep, gain, best, second, partial + i + 1);
         }
-        for (size_t power = 0; power < by_length.size(); ++power) {
-            const auto &which = by_length[power];
-            if (which.empty()) continue;
-            source_.neighbours(which.data(), which.size(), size_t{1} << power, team_, memory_,
-                               [this](size_t i, const Neighbour *sorted, size_t length, float bound) {
-                                   Buffer<unsigned char> larger(memory_, length * ENTRY_BYTES);
-                                   set_row(i, larger.data(), sorted, length, bound);
+    }
+
+    void grow(const std::vector<uint32_t> &short_rows, const std::vector<uint32_t> &lengths) {
+        std::map<uint32_t, std::vector<uint32_t>> by_length;
+        for (size_t q = 0; q < short_rows.size(); ++q) by_length[lengths[q]].push_back(short_rows[q]);
+        for (const auto &[length, which] : by_length) {
+            source_.neighbours(which.data(), which.size(), length, team_, memory_,
+                               [this](size_t i, const Neighbour *sorted, size_t found, float bound) {
+                                   Buffer<unsigned char> larger(memory_, found * ENTRY_BYTES);
+                                   set_row(i, larger.data(), sorted, found, bound);
                                    grown_[i] = std::move(larger);
                                });
         }
@@ -543,9 +656,14 @@ private:
                     sum += partial_[b * n_ + k];
                     partial_[b * n_ + k] = 0;
                 }
+                for (size_t b = 0; dense_s_ && b < blocks_; ++b) {
+                    sum += dense_partial_[b * n_ + k];
+                    dense_partial_[b * n_ + k] = 0;
+                }
                 a_self_[k] = damping * a_self_[k] + gain * sum;
                 column_sum_[k] = sum + r_self_[k];
                 column_[k] = damping * column_[k] + gain * std::min(0.0, column_sum_[k]);
+                if (dense_s_) dense_column_sum_[k] = static_cast<float>(column_sum_[k]);
                 const uint8_t exemplar = a_self_[k] + r_self_[k] > 0;
                 unchanged_[k] = exemplar == is_exemplar_[k] ? unchanged_[k] + 1 : 1;
                 is_exemplar_[k] = exemplar;
@@ -627,6 +745,7 @@ private:
 
     const Source &source_;
     const eimf_ap_options &options_;
+    const ScoreKernels *kernels_;
     Team &team_;
     Memory &memory_;
     size_t n_, blocks_ = 0;
@@ -642,6 +761,9 @@ private:
     std::vector<std::vector<uint32_t>> waiting_;  // per block: rows whose list was too short
     double weight_ = 0;
     size_t exemplar_count_ = 0;
+    // After become_dense: explicit messages off the diagonal.
+    const float *dense_s_ = nullptr;
+    Buffer<float> dense_storage_, dense_r_, dense_a_, dense_partial_, dense_column_sum_;
 };
 
 // ------------------------------------------------------------------------------------------------------- the C functions
@@ -657,6 +779,12 @@ void check_options(const eimf_ap_options &o, size_t n, const double *preference,
     if (!preference) fail(EIMF_ERROR_ARGUMENT, "preference is NULL");
     for (size_t i = 0; i < n_preference; ++i)
         if (!(std::fabs(preference[i]) <= 1e38)) fail(EIMF_ERROR_ARGUMENT, "preference[%zu] is %g; expected a finite float32 number", i, preference[i]);
+}
+
+const ScoreKernels *kernels_for(const eimf_ap_options &options) {
+    const ScoreKernels *kernels = score_kernels(options.kernel);
+    if (!kernels) fail(EIMF_ERROR_ARGUMENT, "kernel %d is not available on this CPU", static_cast<int>(options.kernel));
+    return kernels;
 }
 
 std::vector<double> expand(const double *preference, size_t n_preference, size_t n) {
@@ -755,8 +883,7 @@ extern "C" eimf_status eimf_affinity_propagation(const float *x, size_t n, size_
         const double largest = largest_magnitude(x, n, d, "x");
         if (largest * largest * 4 * static_cast<double>(d) * static_cast<double>(n) > 1e38)
             fail(EIMF_ERROR_ARGUMENT, "squared distances could overflow float32 (largest component %.3g); scale the points down", largest);
-        const ScoreKernels *kernels = score_kernels(options.kernel);
-        if (!kernels) fail(EIMF_ERROR_ARGUMENT, "kernel %d is not available on this CPU", static_cast<int>(options.kernel));
+        const ScoreKernels *kernels = kernels_for(options);
         *result = {};
         Memory memory(options.allocator, options.memory_limit);
         const std::vector<double> all = expand(preference, n_preference, n);
@@ -767,7 +894,7 @@ extern "C" eimf_status eimf_affinity_propagation(const float *x, size_t n, size_
 
         Team team(options.n_threads);
         const Points points(x, d, representative, weight, kernels, memory);
-        Engine engine(points, merged.data(), options, team, memory);
+        Engine engine(points, merged.data(), options, kernels, team, memory);
         const Clustering groups = engine.run(result);
 
         Clustering c;
@@ -793,7 +920,7 @@ extern "C" eimf_status eimf_affinity_propagation_precomputed(const float *s, siz
         const std::vector<double> all = expand(preference, n_preference, n);
         Team team(options.n_threads);
         const Matrix matrix(s, n);
-        Engine engine(matrix, all.data(), options, team, memory);
+        Engine engine(matrix, all.data(), options, kernels_for(options), team, memory);
         write_result(engine.run(result), memory, exemplars, labels, result);
     });
 }
@@ -827,7 +954,7 @@ extern "C" eimf_status eimf_affinity_propagation_sparse(const int64_t *indptr, c
         const std::vector<double> all = expand(preference, n_preference, n);
         Team team(options.n_threads);
         const Graph graph(indptr, indices, similarity, n);
-        Engine engine(graph, all.data(), options, team, memory);
+        Engine engine(graph, all.data(), options, kernels_for(options), team, memory);
         write_result(engine.run(result), memory, exemplars, labels, result);
     });
 }

@@ -228,6 +228,33 @@ py::tuple top_n(const py::object &interests, const py::object &items, long long 
     return py::make_tuple(ids, scores, winner);
 }
 
+py::tuple diversify(const py::object &ids, const py::object &scores, const py::object &category, long long n, double penalty, long long n_threads) {
+    const py::array candidates = checked<int64_t>(ids, "ids", "(B, C)", 2), values = checked<float>(scores, "scores", "(B, C)", 2);
+    const py::array categories = checked<int32_t>(category, "category", "(N,)", 1);
+    if (candidates.shape(0) != values.shape(0) || candidates.shape(1) != values.shape(1))
+        throw py::value_error("ids have shape " + shape_text(candidates) + " and scores " + shape_text(values) + "; expected the same");
+    if (n < 0) throw py::value_error("n is " + std::to_string(n) + "; expected 0 or more");
+    const py::ssize_t users = candidates.shape(0), count = static_cast<py::ssize_t>(n);
+    if (users && count > PY_SSIZE_T_MAX / 16 / users)
+        throw py::value_error("results for " + std::to_string(users) + " users x " + std::to_string(n) + " items do not fit into memory");
+    const size_t threads = thread_count(n_threads);
+    py::array_t<int64_t> chosen({users, count});
+    py::array_t<float> chosen_scores({users, count});
+    int64_t *chosen_data = chosen.mutable_data();
+    float *scores_data = chosen_scores.mutable_data();
+    eimf_error error{};
+    eimf_status status;
+    {
+        py::gil_scoped_release nogil;
+        status = eimf_diversify(static_cast<const int64_t *>(candidates.data()), static_cast<const float *>(values.data()), static_cast<size_t>(users),
+                                static_cast<size_t>(candidates.shape(1)), static_cast<const int32_t *>(categories.data()),
+                                static_cast<size_t>(categories.shape(0)), static_cast<size_t>(n), static_cast<float>(penalty), threads, chosen_data,
+                                scores_data, &error);
+    }
+    raise(status, error);
+    return py::make_tuple(chosen, chosen_scores);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(eimf_core, m) {
@@ -290,6 +317,15 @@ kernel: 'auto', 'scalar', 'avx2', 'avx512' or 'neon'; all give the same bits.
 
 Returns ids int64 (B, n), scores float32 (B, n), winning interest int32 (B, n), best first, ties by lower id; -1, -inf and
 -1 where fewer than n items remain. Raises ValueError for a wrong dtype, shape or layout, and for NaN or infinities.)");
+
+    m.def("diversify", &diversify, py::arg("ids"), py::arg("scores"), py::arg("category"), py::arg("n"), py::kw_only(), py::arg("penalty"),
+          py::arg("n_threads") = 0,
+          R"(Re-rank each user's candidates for diversity (ComiRec's controllable re-ranking, greedy).
+
+n times, the remaining candidate with the largest score - penalty * (chosen items of the same category) is chosen, equal ones
+in their order. ids int64 (B, C) and scores float32 (B, C): as top_n returns them; -1 entries are skipped. category: int32 (N,)
+of each item, -1 for items that share theirs with no other. Returns ids int64 (B, n) and their scores float32 (B, n), padded
+with -1 and -inf.)");
 
     m.def("_top_n_reference", [](const py::object &interests, const py::object &items, long long n, const py::object &exclude_indptr,
                                  const py::object &exclude_indices, const py::object &allowed) {

@@ -95,6 +95,7 @@ public:
         else std::free(memory);
     }
 
+    size_t held() const { return held_; }
     size_t peak() const { return peak_; }
 
 private:

@@ -71,13 +71,15 @@ const char *eimf_kernel_name(eimf_kernel kernel);
  *
  * Exact without any n x n array: a(i,k) <= 0 off the diagonal, so s(i,k) bounds a(i,k) + s(i,k). Each row keeps its nearest
  * neighbours by falling similarity; a scan for the row's two best values stops where s(i,k) falls to the second best. Where a
- * list proves too short it is doubled. Time per iteration is O(n x scanned neighbours), some 15 to 100 at usual preferences.
+ * list proves too short it grows. Time per iteration is O(n x scanned neighbours), some 15 to 100 at usual preferences. At very
+ * low ones, where lists would hold more than a quarter of all pairs, the messages become explicit float32 arrays: 12 n^2 bytes
+ * (8 n^2 if precomputed), 20 n^2 bytes of memory traffic per iteration. memory_limit can forbid that; lists then go on growing.
  *
- * Ties: equal points are collapsed first (one point with a weight; exact, since equal points share an exemplar unless their
- * preference is positive). Other ties are decided by lowering the preference of point k by at most 2^-32 of its size, by an
- * amount that depends on k only. No random numbers. If all similarities and all preferences are equal, the result is
- * one cluster with exemplar 0, or n clusters when the preference exceeds the similarity (n_iter = 0), as scikit-learn's. If the
- * preferences are so low that one cluster is provably the optimum, that is returned at once (n_iter = 0).
+ * Ties: equal points are merged first (one point with a weight; exact, since equal points share an exemplar unless their
+ * preference is positive). Other ties are decided by lowering the preference of point k by an amount that depends on k only,
+ * at most 2^-32 of its size (2^-18 with explicit messages). No random numbers. If all similarities and all preferences are
+ * equal, the result is one cluster with exemplar 0, or n clusters when the preference exceeds the similarity (n_iter = 0), as
+ * scikit-learn's. If the preferences are so low that one cluster is provably the optimum, that is returned at once (n_iter = 0).
  * --------------------------------------------------------------------------------------------------------------- */
 
 typedef struct eimf_ap_options {
@@ -97,7 +99,7 @@ typedef struct eimf_ap_options {
 typedef struct eimf_ap_result {
     size_t n_exemplars;
     size_t n_iter;         /* iterations done */
-    int converged;         /* 0: max_iter reached; the outputs then hold the best state of the last convergence_iter ones */
+    int converged;         /* 0: max_iter reached; the outputs then hold the best of the last convergence_iter states and one cluster */
     size_t n_unassigned;   /* sparse only: points without an edge to any exemplar, label -1 */
     double net_similarity; /* sum of s(i, exemplar of i) over the others + sum of the exemplars' preferences */
     size_t peak_bytes;     /* most work memory held at once */
@@ -105,8 +107,8 @@ typedef struct eimf_ap_result {
 
 eimf_ap_options eimf_ap_defaults(void);
 
-/* Work memory of a run over n points of d dimensions as long as no neighbour list has to grow. SIZE_MAX on overflow. The
- * lists grow to `growth` times that at most where preferences are very low. precomputed: d is ignored. */
+/* Work memory of a run over n points of d dimensions (d = 0: precomputed) as long as no neighbour list has to grow.
+ * SIZE_MAX on overflow. Very low preferences take more: see above. */
 size_t eimf_affinity_propagation_bytes(size_t n, size_t d);
 
 /* Points x (n, d), similarity = minus squared Euclidean distance.
@@ -155,7 +157,19 @@ eimf_status eimf_top_n(const float *interests, size_t users, size_t n_interests,
                        size_t n, const eimf_top_n_options *options, int64_t *ids, float *scores, int32_t *interest,
                        eimf_error *error);
 
-/* The same by the plain loop: the reference that tests compare with, bit for bit. Uses no options but exclusions. */
+/* Controllable diversity, after ComiRec: re-rank each user's candidates greedily. n times, the remaining candidate with the largest
+ *
+ *   score - penalty * (number of items already chosen that share its category)
+ *
+ * is chosen; equal ones by their order in the list. Maximises ComiRec's accuracy + penalty * (pairs in different categories).
+ * ids, scores (B, candidates): as eimf_top_n returns them, -1 entries are skipped. category (n_items): of each item, -1 for items that
+ * share theirs with no other. penalty: finite, 0 or more. Outputs (B, n): ids and their original scores, padded like eimf_top_n's.
+ * Time O(B n candidates). */
+eimf_status eimf_diversify(const int64_t *ids, const float *scores, size_t users, size_t candidates, const int32_t *category,
+                           size_t n_items, size_t n, float penalty, size_t n_threads, int64_t *chosen_ids, float *chosen_scores,
+                           eimf_error *error);
+
+/* top_n by the plain loop: the reference that tests compare with, bit for bit. Uses no options but exclusions. */
 eimf_status eimf_top_n_reference(const float *interests, size_t users, size_t n_interests, size_t dim, const float *items,
                                  size_t n_items, size_t n, const eimf_top_n_options *options, int64_t *ids, float *scores,
                                  int32_t *interest, eimf_error *error);

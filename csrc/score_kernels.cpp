@@ -33,13 +33,46 @@ namespace scalar {
 #define SPREAD(x) (x)
 #define FMA(a, b, c) std::fma(a, b, c)
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
-#define ABOVE(x, y) ((x) > (y))
+#define MIN(a, b) ((a) > (b) ? (b) : (a))
+#define IF_EQUAL(x, y, a, b) ((x) == (y) ? (a) : (b))
+#define ABOVE(x, y) static_cast<unsigned>((x) > (y))
+#define PACK8 0
 #include "score_kernels.inc"
 }  // namespace scalar
 
 #if EIMF_X86
+EIMF_TARGET_BEGIN("avx2,fma,popcnt")
+// An 8 x 8 block: panel[i * stride + j] = rows[j][t + i]. Raises `most` to the magnitudes' bits seen.
+static inline void transpose8(const float *const *rows, size_t t, float *panel, size_t stride, __m256i *most) {
+    __m256 r[8], s[8];
+    const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j) {
+        r[j] = _mm256_loadu_ps(rows[j] + t);
+        *most = _mm256_max_epi32(*most, _mm256_and_si256(_mm256_castps_si256(r[j]), magnitude));
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < 8; j += 2) {
+        s[j] = _mm256_unpacklo_ps(r[j], r[j + 1]);
+        s[j + 1] = _mm256_unpackhi_ps(r[j], r[j + 1]);
+    }
+#pragma GCC unroll 2
+    for (int j = 0; j < 8; j += 4) {
+        r[j] = _mm256_shuffle_ps(s[j], s[j + 2], 0x44);
+        r[j + 1] = _mm256_shuffle_ps(s[j], s[j + 2], 0xee);
+        r[j + 2] = _mm256_shuffle_ps(s[j + 1], s[j + 3], 0x44);
+        r[j + 3] = _mm256_shuffle_ps(s[j + 1], s[j + 3], 0xee);
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+        _mm256_storeu_ps(panel + j * stride, _mm256_permute2f128_ps(r[j], r[j + 4], 0x20));
+        _mm256_storeu_ps(panel + (j + 4) * stride, _mm256_permute2f128_ps(r[j], r[j + 4], 0x31));
+    }
+}
+EIMF_TARGET_END
+
 namespace avx2 {
-EIMF_TARGET_BEGIN("avx2,fma")
+EIMF_TARGET_BEGIN("avx2,fma,popcnt")
 #define VEC __m256
 #define LANES 8
 #define ROWS 4
@@ -48,13 +81,16 @@ EIMF_TARGET_BEGIN("avx2,fma")
 #define SPREAD(x) _mm256_set1_ps(x)
 #define FMA(a, b, c) _mm256_fmadd_ps(a, b, c)
 #define MAX(a, b) _mm256_max_ps(a, b)
+#define MIN(a, b) _mm256_min_ps(a, b)
+#define IF_EQUAL(x, y, a, b) _mm256_blendv_ps(b, a, _mm256_cmp_ps(x, y, _CMP_EQ_OQ))
+#define PACK8 1
 #define ABOVE(x, y) static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(x, y, _CMP_GT_OQ)))
 #include "score_kernels.inc"
 EIMF_TARGET_END
 }  // namespace avx2
 
 namespace avx512 {
-EIMF_TARGET_BEGIN("avx512f")
+EIMF_TARGET_BEGIN("avx512f,avx2,fma,popcnt")
 #define VEC __m512
 #define LANES 16
 #define ROWS 8
@@ -64,6 +100,9 @@ EIMF_TARGET_BEGIN("avx512f")
 #define FMA(a, b, c) _mm512_fmadd_ps(a, b, c)
 // A blend, not _mm512_max_ps: GCC 12 warns of an uninitialised value inside that one's header.
 #define MAX(a, b) _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), b, a)
+#define MIN(a, b) _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), a, b)
+#define IF_EQUAL(x, y, a, b) _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, y, _CMP_EQ_OQ), b, a)
+#define PACK8 1
 #define ABOVE(x, y) _mm512_cmp_ps_mask(x, y, _CMP_GT_OQ)
 #include "score_kernels.inc"
 EIMF_TARGET_END
@@ -84,16 +123,22 @@ static inline unsigned above(float32x4_t x, float32x4_t y) {
 #define SPREAD(x) vdupq_n_f32(x)
 #define FMA(a, b, c) vfmaq_f32(c, a, b)
 #define MAX(a, b) vmaxq_f32(a, b)
+#define MIN(a, b) vminq_f32(a, b)
+#define IF_EQUAL(x, y, a, b) vbslq_f32(vceqq_f32(x, y), a, b)
 #define ABOVE(x, y) above(x, y)
+#define PACK8 0
 #include "score_kernels.inc"
 }  // namespace neon
 #endif
 
 const ScoreKernels *score_kernels(eimf_kernel kernel) {
-    static const ScoreKernels scalar_version{"scalar", scalar::WIDTH, 4, scalar::tile, scalar::best, scalar::pack};
+    static const ScoreKernels scalar_version{"scalar", scalar::WIDTH, 4, scalar::tile_best, scalar::tile, scalar::best, scalar::count_above, scalar::row_availabilities,
+                                              scalar::row_responsibilities, scalar::squared_distance, scalar::pack};
 #if EIMF_X86
-    static const ScoreKernels avx2_version{"avx2", avx2::WIDTH, 4, avx2::tile, avx2::best, avx2::pack};
-    static const ScoreKernels avx512_version{"avx512", avx512::WIDTH, 8, avx512::tile, avx512::best, avx512::pack};
+    static const ScoreKernels avx2_version{"avx2", avx2::WIDTH, 4, avx2::tile_best, avx2::tile, avx2::best, avx2::count_above, avx2::row_availabilities,
+                                              avx2::row_responsibilities, avx2::squared_distance, avx2::pack};
+    static const ScoreKernels avx512_version{"avx512", avx512::WIDTH, 8, avx512::tile_best, avx512::tile, avx512::best, avx512::count_above, avx512::row_availabilities,
+                                              avx512::row_responsibilities, avx512::squared_distance, avx512::pack};
     __builtin_cpu_init();
     const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool has_avx512 = __builtin_cpu_supports("avx512f");
@@ -101,7 +146,8 @@ const ScoreKernels *score_kernels(eimf_kernel kernel) {
     if (kernel == EIMF_KERNEL_AVX2 || (kernel == EIMF_KERNEL_AUTO && has_avx2)) return has_avx2 ? &avx2_version : nullptr;
 #endif
 #if EIMF_ARM
-    static const ScoreKernels neon_version{"neon", neon::WIDTH, 8, neon::tile, neon::best, neon::pack};
+    static const ScoreKernels neon_version{"neon", neon::WIDTH, 8, neon::tile_best, neon::tile, neon::best, neon::count_above, neon::row_availabilities,
+                                              neon::row_responsibilities, neon::squared_distance, neon::pack};
     if (kernel == EIMF_KERNEL_AUTO || kernel == EIMF_KERNEL_NEON) return &neon_version;
 #endif
     return kernel == EIMF_KERNEL_AUTO || kernel == EIMF_KERNEL_SCALAR ? &scalar_version : nullptr;

@@ -5,19 +5,61 @@
 namespace eimf {
 namespace {
 
-// A user's candidates: the best n seen so far are among `keys`; nothing at or below `threshold` can enter.
+// The items that may still be among a user's n best: those seen so far above `threshold`, by rising id.
 struct Candidates {
-    RankKey *keys;
+    float *scores;
+    uint32_t *ids;
     size_t count;
     float threshold;
 };
 
-void keep_best(Candidates &candidates, size_t n) {
-    if (candidates.count <= n) return;
-    std::nth_element(candidates.keys, candidates.keys + (n - 1), candidates.keys + candidates.count, std::greater<RankKey>());
-    candidates.count = n;
-    // Items come by rising id, so a later one with the same score ranks behind the n kept.
-    candidates.threshold = key_score(candidates.keys[n - 1]);
+void keep_above(Candidates &c, float threshold) {
+    size_t kept = 0;
+    for (size_t i = 0; i < c.count; ++i) {
+        const float score = c.scores[i];
+        const uint32_t id = c.ids[i];
+        c.scores[kept] = score;
+        c.ids[kept] = id;
+        kept += score > threshold;
+    }
+    c.count = kept;
+    c.threshold = threshold;
+}
+
+// Raise the threshold so that little more than n candidates remain, at most `room`. Any threshold with n candidates above it is
+// right, so bisection may stop early, and it beats finding the n-th best exactly.
+void shrink(Candidates &c, size_t n, size_t room, const ScoreKernels &kernels) {
+    if (c.count <= n) return;
+    const auto range = std::minmax_element(c.scores, c.scores + c.count);
+    float low = *range.first, high = *range.second, found = c.threshold;
+    for (int step = 0; step < 24; ++step) {
+        const float middle = low + (high - low) / 2;
+        if (!(middle > low && middle < high)) break;
+        const size_t above = kernels.count_above(c.scores, c.count, middle);
+        if (above >= n) {
+            low = found = middle;
+            if (above <= n + n / 4) break;
+        } else {
+            high = middle;
+        }
+    }
+    if (found > c.threshold) keep_above(c, found);
+    if (c.count <= room) return;
+    // Many equal scores: keep all above the n-th best score, and of those equal to it the first.
+    std::vector<float> sorted(c.scores, c.scores + c.count);
+    std::nth_element(sorted.begin(), sorted.begin() + static_cast<std::ptrdiff_t>(n - 1), sorted.end(), std::greater<float>());
+    const float last = sorted[n - 1];
+    size_t equal = n - kernels.count_above(c.scores, c.count, last), kept = 0;
+    for (size_t i = 0; i < c.count; ++i) {
+        const bool tie = c.scores[i] == last;
+        if (c.scores[i] > last || (tie && equal > 0)) {
+            c.scores[kept] = c.scores[i];
+            c.ids[kept++] = c.ids[i];
+            equal -= tie;
+        }
+    }
+    c.count = kept;
+    c.threshold = last;  // items come by rising id, so a later one with this score ranks behind the n kept
 }
 
 constexpr size_t BLOCK_BYTES = 512 << 10;  // query rows, and candidates, of one block of users: each fits the L2 cache
@@ -27,22 +69,56 @@ size_t users_per_block(const TopNProblem &p, size_t capacity) {
     return std::max<size_t>(1, std::min<size_t>({256, by_rows, by_keys}));
 }
 
-void search_block(const TopNProblem &p, size_t first_user, size_t last_user, size_t capacity, Memory &memory) {
+// Which rows gave the scores of the `count` items in `keys`: the first row where the score is reached.
+void find_winners(const TopNProblem &p, const float *query, const RankKey *keys, size_t count, float *panel, float *scores, int32_t *winner) {
+    if (p.k == 1) {
+        std::fill_n(winner, count, 0);
+        return;
+    }
     const ScoreKernels &kernels = *p.kernels;
-    const size_t width = kernels.width, users = last_user - first_user;
+    float bias[64];
+    const float *item[64];
+    for (size_t at = 0; at < count; at += kernels.width) {
+        const size_t here = std::min(kernels.width, count - at);
+        for (size_t j = 0; j < kernels.width; ++j) {
+            const size_t id = key_id(keys[at + std::min(j, here - 1)]);
+            item[j] = p.items + id * p.d;
+            bias[j] = p.bias ? p.bias[id] : 0.0f;
+        }
+        kernels.pack(item, p.d, panel);
+        for (size_t r = 0; r < p.k; r += kernels.rows)
+            kernels.tile(panel, bias, query + r * p.d, std::min(kernels.rows, p.k - r), p.d, scores + r * kernels.width);
+        for (size_t j = 0; j < here; ++j) {
+            size_t top = 0;
+            for (size_t r = 1; r < p.k; ++r)
+                if (scores[r * kernels.width + j] > scores[top * kernels.width + j]) top = r;
+            winner[at + j] = static_cast<int32_t>(top);
+        }
+    }
+}
+
+// Returns the bits of the largest magnitude among the items.
+int32_t search_block(const TopNProblem &p, size_t first_user, size_t last_user, size_t capacity, Memory &memory) {
+    const ScoreKernels &kernels = *p.kernels;
+    const size_t width = kernels.width, users = last_user - first_user, row = p.k * p.d;
     const size_t users_per_tile = std::max<size_t>(1, kernels.rows / p.k);
 
-    Buffer<float> queries(memory, users * p.k * p.d);
+    Buffer<float> queries(memory, users * row);
     Buffer<float> panel(memory, width * p.d);
     Buffer<float> scores(memory, std::max(kernels.rows, p.k) * width);
-    Buffer<RankKey> keys(memory, users * capacity);
+    Buffer<float> candidate_scores(memory, users * capacity);
+    Buffer<uint32_t> candidate_ids(memory, users * capacity);
     Buffer<Candidates> candidates(memory, users);
+    Buffer<RankKey> keys(memory, capacity);
+    Buffer<int32_t> winner(memory, p.n);
     for (size_t u = 0; u < users; ++u) {
-        std::copy_n(p.rows(first_user + u), p.k * p.d, &queries[u * p.k * p.d]);
-        candidates[u] = {&keys[u * capacity], 0, -std::numeric_limits<float>::infinity()};
+        std::copy_n(p.rows(first_user + u), row, &queries[u * row]);
+        candidates[u] = {&candidate_scores[u * capacity], &candidate_ids[u * capacity], 0, -std::numeric_limits<float>::infinity()};
     }
 
-    float bias[64], best[64];
+    int32_t largest = 0;
+    float bias[64], best[8 * 64], threshold[8];
+    uint64_t above[8];
     const float *item[64];
     uint32_t id[64];
     for (size_t next = 0; next < p.n_items;) {
@@ -54,54 +130,70 @@ void search_block(const TopNProblem &p, size_t first_user, size_t last_user, siz
             id[filled++] = static_cast<uint32_t>(next);
         }
         if (filled == 0) break;
+        std::fill(item + filled, item + width, item[0]);  // repeats, which `valid` takes out again
         std::fill(bias + filled, bias + width, 0.0f);
-        kernels.pack(item, filled, p.d, panel.data());
-        const uint64_t valid = filled == 64 ? ~uint64_t{0} : (uint64_t{1} << filled) - 1;
+        largest = std::max(largest, kernels.pack(item, p.d, panel.data()));
+        const uint64_t valid = (uint64_t{1} << filled) - 1;  // width < 64
 
         for (size_t u = 0; u < users; u += users_per_tile) {
-            const size_t here = std::min(users_per_tile, users - u), rows = here * p.k;
-            const float *query = &queries[u * p.k * p.d];
-            for (size_t r = 0; r < rows; r += kernels.rows)
-                kernels.tile(panel.data(), bias, query + r * p.d, std::min(kernels.rows, rows - r), p.d, &scores[r * width]);
+            const size_t here = std::min(users_per_tile, users - u);
+            for (size_t v = 0; v < here; ++v) threshold[v] = candidates[u + v].threshold;
+            if (p.k <= kernels.rows) {
+                kernels.tile_best(panel.data(), bias, &queries[u * row], here, p.k, p.d, threshold, best, above);
+            } else {
+                for (size_t r = 0; r < p.k; r += kernels.rows)
+                    kernels.tile(panel.data(), bias, &queries[u * row] + r * p.d, std::min(kernels.rows, p.k - r), p.d, &scores[r * width]);
+                above[0] = kernels.best(scores.data(), p.k, threshold[0], best);
+            }
             for (size_t v = 0; v < here; ++v) {
-                Candidates &mine = candidates[u + v];
-                uint64_t mask = kernels.best(&scores[v * p.k * width], p.k, mine.threshold, best) & valid;
+                uint64_t mask = above[v] & valid;
                 if (!mask) continue;
-                if (mine.count + width > capacity) {
-                    keep_best(mine, p.n);
-                }
+                Candidates &mine = candidates[u + v];
+                if (mine.count + width > capacity) shrink(mine, p.n, capacity - width, kernels);
                 for (; mask; mask &= mask - 1) {
                     const unsigned j = static_cast<unsigned>(__builtin_ctzll(mask));
-                    if (best[j] > mine.threshold && (!p.accepts || p.accepts(first_user + u + v, id[j])))
-                        mine.keys[mine.count++] = rank_key(best[j], id[j]);
+                    const float score = best[v * width + j];
+                    if (score > mine.threshold && (!p.accepts || p.accepts(first_user + u + v, id[j]))) {
+                        mine.scores[mine.count] = score;
+                        mine.ids[mine.count++] = id[j];
+                    }
                 }
             }
         }
     }
     for (size_t u = 0; u < users; ++u) {
         Candidates &mine = candidates[u];
-        keep_best(mine, p.n);
-        std::sort(mine.keys, mine.keys + mine.count, std::greater<RankKey>());
-        p.result(first_user + u, mine.keys, mine.count);
+        shrink(mine, p.n, capacity, kernels);
+        for (size_t i = 0; i < mine.count; ++i) keys[i] = rank_key(mine.scores[i], mine.ids[i]);
+        std::sort(keys.begin(), keys.begin() + mine.count, std::greater<RankKey>());
+        const size_t count = std::min(mine.count, p.n);
+        find_winners(p, &queries[u * row], keys.data(), count, panel.data(), scores.data(), winner.data());
+        p.result(first_user + u, keys.data(), winner.data(), count);
     }
+    return largest;
 }
 
 }  // namespace
 
-void top_n(const TopNProblem &p, Team &team, Memory &memory) {
-    const size_t n = std::min(p.n, p.n_items);
-    if (p.users == 0) return;
-    if (n == 0) {
-        for (size_t u = 0; u < p.users; ++u) p.result(u, nullptr, 0);
-        return;
-    }
+float top_n(const TopNProblem &p, Team &team, Memory &memory) {
     TopNProblem problem = p;
-    problem.n = n;
-    const size_t capacity = 2 * n + 2 * p.kernels->width;
+    problem.n = std::min(p.n, p.n_items);
+    if (p.users == 0) return 0;
+    if (problem.n == 0) {
+        for (size_t u = 0; u < p.users; ++u) p.result(u, nullptr, nullptr, 0);
+        return 0;
+    }
+    const size_t capacity = 2 * problem.n + 4 * p.kernels->width;
     const size_t block = std::min(users_per_block(problem, capacity), (p.users + team.size() - 1) / team.size());
+    std::atomic<int32_t> largest{0};
     team.run((p.users + block - 1) / block, [&](size_t b) {
-        search_block(problem, b * block, std::min(p.users, (b + 1) * block), capacity, memory);
+        const int32_t bits = search_block(problem, b * block, std::min(p.users, (b + 1) * block), capacity, memory);
+        for (int32_t seen = largest; seen < bits && !largest.compare_exchange_weak(seen, bits);) {}
     });
+    const int32_t bits = largest;
+    float magnitude;
+    std::memcpy(&magnitude, &bits, 4);
+    return magnitude;
 }
 
 float largest_magnitude(const float *values, size_t rows, size_t columns, const char *what) {
@@ -146,11 +238,6 @@ void check(const Request &q) {
     checked_product(checked_product(q.n_items, q.d), sizeof(float));
     checked_product(checked_product(q.users, q.n), sizeof(int64_t));
     if ((q.users && !q.interests) || (q.n_items && !q.items)) fail(EIMF_ERROR_ARGUMENT, "a NULL pointer was given for a non-empty array");
-    const double largest = static_cast<double>(largest_magnitude(q.interests, q.users, q.k * q.d, "interests")) *
-                           largest_magnitude(q.items, q.n_items, q.d, "items");
-    if (largest * static_cast<double>(q.d) > 1e38)
-        fail(EIMF_ERROR_ARGUMENT, "scores could overflow float32 (largest product of two components %.3g, D = %zu); scale the vectors down",
-             largest, q.d);
     const int64_t *indptr = q.options.exclude_indptr, *indices = q.options.exclude_indices;
     if (!indptr) {
         if (indices) fail(EIMF_ERROR_ARGUMENT, "exclude_indices is given without exclude_indptr");
@@ -165,6 +252,14 @@ void check(const Request &q) {
         if (indices[e] < 0 || static_cast<uint64_t>(indices[e]) >= q.n_items)
             fail(EIMF_ERROR_ARGUMENT, "exclude_indices[%lld] is %lld; expected an item id from 0 to %lld", static_cast<long long>(e),
                  static_cast<long long>(indices[e]), static_cast<long long>(q.n_items) - 1);
+}
+
+void check_magnitudes(const Request &q, float largest_item) {
+    if (!std::isfinite(largest_item)) largest_magnitude(q.items, q.n_items, q.d, "items");  // fails, and says where
+    const double largest = static_cast<double>(largest_item) * largest_magnitude(q.interests, q.users, q.k * q.d, "interests");
+    if (largest * static_cast<double>(q.d) > 1e38)
+        fail(EIMF_ERROR_ARGUMENT, "scores could overflow float32 (largest product of two components %.3g, D = %zu); scale the vectors down",
+             largest, q.d);
 }
 
 // Score of one item for one user and the first interest that reaches it, by the definition.
@@ -214,17 +309,18 @@ extern "C" eimf_status eimf_top_n(const float *interests, size_t users, size_t n
             problem.accepts = [&](size_t user, uint32_t id) {
                 return !std::binary_search(&excluded[indptr[user]], &excluded[indptr[user + 1]], id);
             };
-        problem.result = [&](size_t user, const RankKey *keys, size_t count) {
+        problem.result = [&](size_t user, const RankKey *keys, const int32_t *winner, size_t count) {
             for (size_t j = 0; j < count; ++j) {
                 const size_t at = user * n + j;
                 ids[at] = key_id(keys[j]);
                 scores[at] = key_score(keys[j]);
-                interest[at] = score_of(interests + user * n_interests * dim, n_interests, items + key_id(keys[j]) * dim, dim).second;
+                interest[at] = winner[j];
             }
             pad(count, n, ids + user * n, scores + user * n, interest + user * n);
         };
         Team team(std::min(q.options.n_threads ? q.options.n_threads : std::thread::hardware_concurrency(), users));
-        top_n(problem, team, memory);
+        largest_magnitude(interests, users, n_interests * dim, "interests");
+        check_magnitudes(q, top_n(problem, team, memory));  // the items are seen on the way
     });
 }
 
@@ -234,6 +330,7 @@ extern "C" eimf_status eimf_top_n_reference(const float *interests, size_t users
     return guarded(error, [&] {
         const Request q{interests, users, n_interests, dim, items, n_items, n, options ? *options : eimf_top_n_defaults()};
         check(q);
+        check_magnitudes(q, largest_magnitude(items, n_items, dim, "items"));
         for (size_t u = 0; u < users; ++u) {
             struct Entry {
                 float score;

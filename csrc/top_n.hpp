@@ -41,11 +41,12 @@ struct TopNProblem {
     std::function<const float *(size_t user)> rows;
     // May item `id` be given to `user`? Asked only of items that would enter the list. Empty: all may.
     std::function<bool(size_t user, uint32_t id)> accepts;
-    // The result: up to n keys, best first. Called on worker threads, once per user.
-    std::function<void(size_t user, const RankKey *keys, size_t count)> result;
+    // The result: up to n keys, best first, and which of the user's rows gave the score. Called on worker threads, once per user.
+    std::function<void(size_t user, const RankKey *keys, const int32_t *winner, size_t count)> result;
 };
 
-void top_n(const TopNProblem &problem, Team &team, Memory &memory);
+// Returns the largest magnitude among the items looked at; infinity or NaN if one is not finite, and then the results mean nothing.
+float top_n(const TopNProblem &problem, Team &team, Memory &memory);
 
 // Fails unless all values are finite; returns their largest magnitude. `what` names the array in the message.
 float largest_magnitude(const float *values, size_t rows, size_t columns, const char *what);

@@ -59,4 +59,13 @@ def top_n(
     n_threads: int = 0,
     kernel: str = "auto",
 ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.int32]]: ...
+def diversify(
+    ids: NDArray[np.int64],
+    scores: NDArray[np.float32],
+    category: NDArray[np.int32],
+    n: int,
+    *,
+    penalty: float,
+    n_threads: int = 0,
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]: ...
 def kernels() -> list[str]: ...
