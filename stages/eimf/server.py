@@ -123,16 +123,16 @@ class Batcher:
 
 def answer_all(recommender, queries):
     """JSON text or exception of each query. A query that fails does not take the others with it."""
-    known = [q for q in queries if q.user is None or q.user in recommender.users]
     try:
-        described = recommender.describe(recommender.recommend(known))
-        results = iter([json.dumps(d, ensure_ascii=False, allow_nan=False) for d in described])
+        known = [q for q in queries if q.user is None or q.user in recommender.users]
+        described = iter(recommender.describe(recommender.recommend(known)))
+        return [json.dumps(next(described), ensure_ascii=False, allow_nan=False) if q.user is None or q.user in recommender.users
+                else KeyError(q.user) for q in queries]
     except Exception as error:
         if len(queries) == 1:
             log.error("a query failed", exc_info=True)
             return [error]
         return [answer_all(recommender, [q])[0] for q in queries]
-    return [next(results) if q.user is None or q.user in recommender.users else KeyError(q.user) for q in queries]
 
 
 class Metrics:
@@ -290,6 +290,7 @@ def listen(host, port):
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen(2048)  # from now on clients wait for the server to be ready instead of being refused
     except OSError as error:
         raise UserError(f"cannot listen on {host} port {port}: {error.strerror or error}. Choose another --port or --host.") from None
     listener.set_inheritable(True)
