@@ -1,9 +1,14 @@
 """A small data set with a trained run, made through the real stages, for the tests of stage 08."""
 import argparse
+import contextlib
+import http.client
 import importlib.util
 import os
+import re
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +21,7 @@ if str(STAGES) not in sys.path:
 from eimf.artifacts import Stage, load_json, save_array, save_json, save_lines, sha256  # noqa: E402
 
 N_ITEMS, N_USERS, MAX_LEN, RUN = 90, 40, 6, "remi-s0"
+JSON = {"content-type": "application/json"}
 CATEGORIES = [["Shop", "Paper"], ["Shop", "Pens"], ["Shop", "Chairs"], []]
 TITLES = {1: "Pens &amp; Paper", 2: None, 3: "<img src=x onerror=alert(1)>", 4: "Ünïcode 紙 pen", 5: 'Say "hi" </script>'}
 
@@ -116,3 +122,40 @@ def oracle(data, history, k, exclude):
 
 def ids(*numbers):
     return tuple(item_id(n) for n in numbers)
+
+
+@contextlib.contextmanager
+def running(data, *arguments, env=None, port=0):
+    """A server process; yields (process, port)."""
+    command = [sys.executable, str(STAGES / "08_serve.py"), "--data-dir", str(data), "--dataset", "tiny", "--serve", "--port", str(port), *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | (env or {}))
+    try:
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if found := re.search(r"serving run .* on http://127\.0\.0\.1:(\d+)", line):
+                break
+        else:
+            raise AssertionError("the server ended: " + "".join(lines))
+        port = int(found[1])
+        for _ in range(300):  # with several workers, the address is known before the first of them answers
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 2):
+                if ask(port, None, "/health", "GET", timeout=60)[0] == 200:
+                    break
+            time.sleep(.1)
+        yield process, port
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def ask(port, body=b'{"history": ["B0005", "B0040"], "k": 5}', path="/recommend", method="POST", timeout=30):
+    """One request on a connection of its own: (status, body)."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
+    try:
+        connection.request(method, path, body, JSON)
+        reply = connection.getresponse()
+        return reply.status, reply.read()
+    finally:
+        connection.close()

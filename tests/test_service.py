@@ -12,18 +12,17 @@ import subprocess
 import sys
 import threading
 import time
+from urllib.parse import quote
 
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
-from serving import (N_ITEMS, RUN, STAGES, TITLES, add_reasons, ids, item_id, load_recommender, make_data, oracle, rewrite_manifest,
-                     run_stage, title)
+from serving import (JSON, N_ITEMS, RUN, STAGES, TITLES, add_reasons, ask, ids, item_id, load_recommender, make_data, oracle, rewrite_manifest,
+                     run_stage, running, title)
 
 from eimf import server, service
 from eimf.artifacts import load_json
 from eimf.recommender import Query
-
-JSON = {"content-type": "application/json"}
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +77,6 @@ def test_search_and_similar(client):
     assert [i["id"] for i in found] == [item_id(4)] and found[0]["title"] == TITLES[4]
     assert len(client.get("/items").json()["items"]) == 20
     for n in (6, 7, 8, 9):  # ids that hold a slash, an accent, dots and a percent sign
-        from urllib.parse import quote
         path = "/items/" + quote(item_id(n), safe="").replace("..", "%2E%2E") + "/similar?k=3"
         reply = client.get(path)
         assert len(reply.json()["items"]) == 3, path
@@ -291,42 +289,6 @@ def test_the_run_in_use_is_not_left_while_it_trains_again(data, tmp_path):
 
 
 # ---- a real server ----
-
-@contextlib.contextmanager
-def running(data, *arguments, env=None):
-    """A server process; yields (process, port)."""
-    command = [sys.executable, str(STAGES / "08_serve.py"), "--data-dir", str(data), "--dataset", "tiny", "--serve", "--port", "0", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | (env or {}))
-    try:
-        lines = []
-        for line in process.stdout:
-            lines.append(line)
-            if found := re.search(r"serving run .* on http://127\.0\.0\.1:(\d+)", line):
-                break
-        else:
-            raise AssertionError("the server ended: " + "".join(lines))
-        port = int(found[1])
-        for _ in range(300):  # with several workers, the address is known before the first of them answers
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 2):
-                if ask(port, timeout=60)[0] == 200:
-                    break
-            time.sleep(.1)
-        yield process, port
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
-
-
-def ask(port, body=b'{"history": ["B0005", "B0040"], "k": 5}', path="/recommend", method="POST", timeout=30):
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
-    try:
-        connection.request(method, path, body, JSON)
-        reply = connection.getresponse()
-        return reply.status, reply.read()
-    finally:
-        connection.close()
-
 
 def test_no_request_fails_while_exports_are_swapped(data, tmp_path):
     copy = shutil.copytree(data, tmp_path / "data")
