@@ -1,26 +1,38 @@
-"""Serve an exported model: one answer on the command line, or an HTTP server (paper, 3.4).
+"""Serve an exported model: answers on the command line, JSON lines for scripts, or an HTTP server with a page (paper, 3.4).
 
-Reads   01_preprocess/     items.jsonl, users.txt, sequences (--user, --example and popularity)
-        06_train/<run>/    model.pt2, item_vectors.npy float32 (items + 1, D), item_ids.txt, config.json
-        07_evaluate/<run>/ index.hnsw and index.json                                  with --retrieval hnsw only
-Writes  nothing
+Reads   01_preprocess/     items.jsonl, users.txt, sequences (for users of the data set and for popularity)
+        06_train/<run>/    model.pt2, item_vectors.npy float32 (items + 1, D), item_ids.txt, config.json; where there:
+                           label_vectors.npy float32 (labels, D), labels.jsonl {"text", "cluster"}, labels.json {"source"},
+                           map_projection.npy float32 (D + 1, 2)
+        07_evaluate/<run>/ index.hnsw, index.json, metrics.json                             for retrieval by the index
+Writes  nothing, or with --export-vectors DIR
+        item_vectors.npy float32 (items, D), items.jsonl {"row", "id", "title"}; interest_vectors.npy float32
+        (users * K, D), interests.jsonl {"row", "user", "interest"}; all users of the data set with their whole histories
 
-    python stages/08_serve.py --dataset sample --example                  # a test user's history and recommendations
-    python stages/08_serve.py --dataset sample --history ID,ID --k 10     # the same for any history
-    python stages/08_serve.py --dataset sample --serve --port 8000        # POST /recommend, GET /health
+    python stages/08_serve.py --dataset sample --example               # a test user's history and recommendations
+    python stages/08_serve.py --dataset sample --history ID,ID --k 10  # recommendations for any history
+    python stages/08_serve.py --dataset sample --lines < in > out      # one JSON object per line, as POST /recommend takes
+    python stages/08_serve.py --dataset sample --serve --port 8000     # the API (GET /openapi.json) and a page at /
 
 Prints rank, score, winning interest, id and title of each item, or with --json one JSON object. No text model and no LLM
-is used: a history goes through the exported model, and items are ranked by the maximum over its interests.
+is used: a history goes through the exported model, and items are ranked by the maximum over its interests. The server
+listens on 127.0.0.1 unless told otherwise; if EIMF_TOKEN is set, requests need it as a bearer token.
 """
 import json
+import os
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from eimf.artifacts import Stage, UserError, argument_parser, load_json, run
-from eimf.recommender import Query, Recommender
+from eimf.artifacts import UserError, argument_parser, run, save_array, save_lines
+from eimf.data import padded
+from eimf.ranking import interests_of
+from eimf.recommender import Query, Recommender, choose_run
+
+CHUNK = 4096  # lines answered together by --lines
 
 
 def parse(argv):
@@ -31,39 +43,29 @@ def parse(argv):
     mode.add_argument("--history", help="item ids, oldest first, separated by commas; empty for a new user")
     mode.add_argument("--user", help="id of a user of the data set; all recorded events are the history")
     mode.add_argument("--example", action="store_true", help="show the test user whose history has the median length")
+    mode.add_argument("--lines", action="store_true", help="read requests as JSON lines from stdin, write answers to stdout")
+    mode.add_argument("--export-vectors", type=Path, metavar="DIR", help="write item and interest vectors with their ids")
     mode.add_argument("--serve", action="store_true", help="answer over HTTP until stopped")
-    add("--k", type=int, default=20, help="items to recommend")
+    add("--k", type=int, default=20, help="items to recommend; with --lines and --serve the request says it")
     seen = parser.add_mutually_exclusive_group()
     seen.add_argument("--exclude-seen", dest="exclude_seen", action="store_true", default=True,
                       help="leave out items of the history")
     seen.add_argument("--keep-seen", dest="exclude_seen", action="store_false", help="items of the history may come again")
+    add("--diversity", type=float, default=0.0, help="0 to 1, ComiRec's lambda on scores scaled to 0..1; 0 ranks by score")
     add("--json", action="store_true", help="print one JSON object instead of a table")
-    add("--retrieval", choices=["exact", "hnsw"], default="exact", help="rank all items, or candidates of 07's index")
+    add("--retrieval", choices=["auto", "exact", "hnsw"], default="auto",
+        help="rank all items, or candidates of 07's index; auto takes the index if 07 found it twice as fast and 0.99 right")
     add("--host", default="127.0.0.1", help="address to listen on")
     add("--port", type=int, default=8000, help="port to listen on; 0 picks a free one")
-    add("--threads", type=int, default=0, help="CPU threads; 0 means all cores, and one for --serve")
+    add("--workers", type=int, default=1, help="server processes that share the port")
+    add("--reload-seconds", type=float, default=2.0, help="how often the server looks for a new export")
+    add("--threads", type=int, default=0, help="CPU threads; 0 means all cores, and one per worker of the server")
     args = parser.parse_args(argv)
-    if args.k < 1:
-        parser.error(f"--k must be at least 1, got {args.k}")
-    if not 0 <= args.port <= 65535:
-        parser.error(f"--port must be 0 to 65535, got {args.port}")
+    for name, low, high in (("k", 1, None), ("port", 0, 65535), ("workers", 1, 64), ("diversity", 0, 1), ("reload_seconds", .05, 3600)):
+        value = getattr(args, name)
+        if not low <= value <= (value if high is None else high):
+            parser.error(f"--{name.replace('_', '-')} must be {low} {'or more' if high is None else f'to {high}'}, got {value}")
     return args
-
-
-def choose_run(args):
-    """The run to serve: --run, else the newest finished run that EIMF taught, else the newest. Says which on stderr."""
-    if args.run:
-        return args.run
-    found = []
-    for path in (args.data_dir / args.dataset / "06_train").glob("*/manifest.json"):
-        config = load_json(path.parent / "config.json")
-        found.append((config["eimf"] and not config["control"], load_json(path)["finished"], path.parent.name))
-    if not found:
-        raise UserError(f"no finished run in {args.data_dir / args.dataset / '06_train'}. "
-                        f"Run: python stages/06_train.py --dataset {args.dataset}")
-    taught, _, name = max(found)
-    print(f"run {name}, the newest finished one" + (" that EIMF taught" if taught else ""), file=sys.stderr)
-    return name
 
 
 def example(recommender):
@@ -78,71 +80,137 @@ def example(recommender):
     return names[int(users[u])], ids[:middle[u] - start[u]], ids[middle[u] - start[u]:]
 
 
+def plain(text):
+    """Text without what would move the cursor or change colours on a terminal."""
+    return "".join(c if c.isprintable() else "?" for c in text or "(no title)")
+
+
 def table(answer, held_out=()):
     """Lines for people: what is known of the history, then ranked items."""
     width = max(shutil.get_terminal_size((120, 24)).columns, 60)
     lines = []
     if answer["unknown_items"]:
-        lines.append("unknown items, ignored: " + ", ".join(answer["unknown_items"]))
+        lines.append("unknown items, ignored: " + ", ".join(map(plain, answer["unknown_items"])))
     if answer["fallback"]:
         lines.append("no known item in the history, so these are the most popular items (score: events in training)")
     for interest in answer["interests"]:
-        because = "; ".join(i["title"] or i["id"] for i in interest["because_of"])
-        lines.append(f"interest {interest['interest']}, because of: {because}"[:width])
+        label = interest["label"]
+        if label:
+            lines.append(f"interest {interest['interest']}: {plain(label['text'])} ({label['of']} of cluster {label['cluster']})"[:width])
+        because = "; ".join(plain(i["title"] or i["id"]) for i in interest["because_of"])
+        lines.append(f"{'    ' if label else 'interest ' + str(interest['interest']) + ','} because of: {because}"[:width])
+    if answer["label_source"]:
+        lines.append(f"(interest texts by: {answer['label_source']})")
     wide = max([len(item["id"]) for item in answer["items"]], default=2)
     lines.append(f"{'rank':>4}  {'score':>9}  interest  {'id':<{wide}}  title")
     for item in answer["items"]:
         mark = " *" if item["id"] in held_out else ""
         interest = "-" if item["interest"] is None else item["interest"]
-        line = f"{item['rank']:>4}  {item['score']:>9.3f}  {interest:>8}  {item['id']:<{wide}}  {item['title'] or '(no title)'}"
+        line = f"{item['rank']:>4}  {item['score']:>9.3f}  {interest:>8}  {plain(item['id']):<{wide}}  {plain(item['title'])}"
         lines.append(line[:width - len(mark)] + mark)
     return lines
 
 
 def one_shot(args, recommender):
     """Answer --history, --user or --example on stdout."""
-    settings = {"k": args.k, "exclude_seen": args.exclude_seen}
+    settings = {"k": args.k, "exclude_seen": args.exclude_seen, "diversity": args.diversity}
     user, held_out = args.user, []
     if args.example:
         user, ids, held_out = example(recommender)
         query = Query(history=tuple(ids), **settings)
-    elif args.user is not None:
+    elif user is not None:
         if user not in recommender.users:
             raise UserError(f"--user {user}: no such user among the {len(recommender.users)} of {args.dataset}. "
                             "Ids are the lines of 01_preprocess/users.txt; for anyone else give --history.")
-        query = recommender.query_of_user(user, **settings)
+        query = Query(user=user, **settings)
     else:
         query = Query(history=tuple(i.strip() for i in args.history.split(",") if i.strip()), **settings)
-    answer = recommender.recommend([query])[0]
-    result = recommender.describe(answer)
-    if user is not None:
-        result = {"user": user, "history": [recommender.item(n) for n in answer.history.tolist()]} | result
+    result = ({"user": user} if user is not None else {}) | recommender.describe(recommender.recommend([query]))[0]
     if args.example:
         result["held_out"] = held_out
     if args.json:
         print(json.dumps(result, ensure_ascii=False, allow_nan=False))
         return
     if user is not None:
-        print(f"user {user}, {len(answer.history)} events, oldest first; the model reads the newest {recommender.max_len}")
+        print(f"user {user}, {len(result['history'])} events, oldest first; the model reads the newest {recommender.max_len}")
         for item in result["history"][-recommender.max_len:]:
-            print(f"  {item['id']}  {item['title'] or '(no title)'}"[:118])
+            print(f"  {plain(item['id'])}  {plain(item['title'])}"[:118])
     print(*table(result, held_out), sep="\n")
     if args.example:
         found = len({item["id"] for item in result["items"]} & set(held_out))
         print(f"* {found} of the {len(set(held_out))} items that this user took next, which the model has not seen")
 
 
+def answer_lines(recommender, source, sink):
+    """JSON lines in, JSON lines out, in the same order: {"items", "scores", "interests", "fallback", "unknown_items"}, the
+    first three lists in rank order, or {"detail", "code"} for a line that cannot be answered. Returns (lines, refused)."""
+    from eimf.service import RecommendRequest, Refused, failed, parse as validate
+    lines = refused = 0
+    while chunk := [line for _, line in zip(range(CHUNK), source)]:
+        queries, out = [], []
+        for line in chunk:
+            try:
+                queries.append(validate(RecommendRequest, line).query())
+                if queries[-1].user is not None and queries[-1].user not in recommender.users:
+                    raise failed(KeyError(queries.pop().user))
+                out.append(None)
+            except Refused as error:
+                out.append(json.dumps({"detail": str(error), "code": error.code}))
+        answers = iter(recommender.recommend(queries))
+        for n, error in enumerate(out):
+            if error is None:
+                a = next(answers)
+                out[n] = json.dumps({"items": [recommender.ids[i] for i in a.items], "scores": [round(s, 6) for s in a.scores],
+                                     "interests": a.winner, "fallback": a.fallback, "unknown_items": a.unknown}, ensure_ascii=False)
+            else:
+                refused += 1
+        lines += len(chunk)
+        sink.write("\n".join(out) + "\n")
+        sink.flush()
+    return lines, refused
+
+
+def export_vectors(recommender, folder):
+    """Item and interest vectors with their ids, for a vector database or a warehouse."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_array(folder / "item_vectors.npy", recommender.vectors[1:])
+    save_lines(folder / "items.jsonl", ({"row": n - 1, "id": recommender.ids[n], "title": recommender.titles[n]}
+                                        for n in range(1, len(recommender.ids))))
+    interactions = recommender.interactions
+    history = padded(interactions.items, interactions.offsets[:-1], interactions.offsets[1:], recommender.max_len)
+    interests, _ = interests_of(recommender.model, history)  # (U, K, D)
+    users, k, dim = interests.shape
+    save_array(folder / "interest_vectors.npy", interests.reshape(users * k, dim))
+    save_lines(folder / "interests.jsonl", ({"row": u * k + i, "user": user, "interest": i}
+                                            for user, u in recommender.users.items() for i in range(k)))
+    print(f"{len(recommender.vectors) - 1} item vectors and {users * k} interest vectors ({k} for each of {users} users) of {dim} "
+          f"dimensions in {folder}. Score: inner product, maximum over a user's interests.")
+
+
 def main(argv=None):
     args = parse(argv)
-    threads = args.threads or (1 if args.serve else 0)
-    if threads:
-        torch.set_num_threads(threads)
-    name = choose_run(args)
-    recommender = Recommender(Stage("08_serve", args), name, args.retrieval, threads)
-    if not args.serve:
-        return one_shot(args, recommender)
-    from eimf import service  # the web framework takes half a second to import, which a one-shot answer need not wait for
-    return service.serve(recommender, args.host, args.port)
+    name = args.run
+    if name is None:
+        name, reason = choose_run(args.data_dir, args.dataset)
+        print(f"run {name}, {reason}", file=sys.stderr)
+    if args.serve:
+        from eimf import server  # the web framework takes half a second to import, which the other modes need not wait for
+        if args.host not in ("127.0.0.1", "::1", "localhost") and not os.environ.get("EIMF_TOKEN"):
+            print(f"note: {args.host} can be reached by others and EIMF_TOKEN is not set", file=sys.stderr)
+        return server.serve({"data_dir": str(args.data_dir.resolve()), "dataset": args.dataset, "run": args.run,
+                             "retrieval": args.retrieval, "threads": args.threads or 1, "reload_seconds": args.reload_seconds},
+                            args.host, args.port, args.workers)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    recommender = Recommender(args.data_dir, args.dataset, name, args.retrieval, args.threads)
+    if args.lines:
+        lines, refused = answer_lines(recommender, sys.stdin.buffer, sys.stdout)
+        print(f"{lines} lines answered, {refused} of them refused", file=sys.stderr)
+    elif args.export_vectors:
+        export_vectors(recommender, args.export_vectors)
+    else:
+        one_shot(args, recommender)
+    return None
 
 
 if __name__ == "__main__":

@@ -1,14 +1,21 @@
 """Recommendations from an exported model: histories in, ranked items with reasons out. No text model, no training code.
 
-Shapes: B queries, L history length, K interests, D dimension, N items.
+Shapes: B queries, L history length, K interests, D dimension, N items, M labels.
 """
+import argparse
+import hashlib
 import html
+import re
+import unicodedata
+from bisect import bisect_left
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import hnswlib
 import numpy as np
+import torch
 
-from .artifacts import UserError, load_array, load_json, sha256
+from .artifacts import Stage, UserError, load_array, load_json, load_lines, sha256
 from .data import load_interactions, load_items, load_user_ids
 from .export import load_export
 from .ranking import interests_of, rank
@@ -20,45 +27,73 @@ BECAUSE = 3  # history items named as the reason of an interest
 class Query:
     """What one user is asked for. Items are named by their ids, oldest first in `history`; repeats count.
 
-    Only the newest max_len known items are read by the model, but `exclude_seen` leaves out all of them.
+    `user` names a user of the data set instead of a history; all its recorded events are then the history. Only the
+    newest max_len known items are read by the model, but `exclude_seen` leaves out all of them. `allow_categories`: if
+    any are given, only items in one of them. `diversity`: see diversify(). `explain`: describe the reasons too.
     """
     history: tuple = ()
+    user: str | None = None
     k: int = 20
     exclude_seen: bool = True
     exclude_items: tuple = ()
+    allow_categories: tuple = ()
+    diversity: float = 0.0
+    explain: bool = True
 
 
 @dataclass
 class Answer:
-    """Ranked items of one query: item numbers int64 (n,), scores float32 (n,), winning interest int32 (n,).
+    """Ranked items of one query: item numbers, scores and winning interests, lists of one length.
 
     `history` holds the known items as numbers, oldest first; `unknown` the ids that the model does not know. With
-    `fallback` "popular" the scores are training counts and the interests -1, as there was no known history.
+    `fallback` "popular" there was no known history: scores are training counts, interests -1.
     """
     query: Query
-    history: np.ndarray
+    history: list
     unknown: list
-    items: np.ndarray = None
-    scores: np.ndarray = None
-    winner: np.ndarray = None
+    unknown_categories: list
+    excluded: set
+    items: list = field(default_factory=list)
+    scores: list = field(default_factory=list)
+    winner: list = field(default_factory=list)
     interests: np.ndarray = None  # (K, D)
-    routing: np.ndarray = None  # (K, L)
     fallback: str = None
-    excluded: np.ndarray = field(default=None, repr=False)
 
 
 class Recommender:
-    """One finished run, loaded: the exported model, its item vectors, the item table, and optionally the HNSW index.
+    """One finished run, loaded and checked: the exported model, its item vectors, the item table, optionally the index.
 
-    `stage` is the artifacts.Stage of the caller; its manifests say whether the folders are complete. Raises UserError if
-    a file is missing, damaged, or of another run than the others.
+    `retrieval` is "exact", "hnsw", or "auto": the index if stage 07 measured it at least twice as fast as exact search
+    with a recall of 0.99. Raises UserError if a file is missing, differs from what its manifest records, or belongs to
+    other items or vectors than the rest.
     """
 
-    def __init__(self, stage, run, retrieval="exact", threads=0):
-        self.run, self.retrieval, self.threads = run, retrieval, threads
+    def __init__(self, data_dir, dataset, run, retrieval="auto", threads=0):
+        self.run, self.threads, self.dataset = run, threads, dataset
+        stage = Stage("08_serve", argparse.Namespace(data_dir=Path(data_dir), dataset=dataset))
+        self.fingerprint = fingerprint(stage.root, run)
         source, trained = stage.input("01_preprocess"), stage.input("06_train", run=run)
-        self.config = load_json(trained / "config.json")
+        self.config, self.manifest = load_json(trained / "config.json"), load_json(trained / "manifest.json")
+        for folder, files in ((source, ("items.jsonl", "users.txt", "sequence_items.npy", "sequence_offsets.npy", "split.npy",
+                                        "stats.json")),
+                              (trained, self.manifest["outputs"])):
+            check_hashes(folder, files)
         self.max_len = self.config["max_len"]
+        self._load_items(source, trained)
+        self.interactions = load_interactions(source)
+        self.users = {user_id: u for u, user_id in enumerate(load_user_ids(source))}
+        self.counts = self.interactions.training_counts()
+        self.popular = (np.argsort(-self.counts[1:], kind="stable") + 1).tolist()  # ties by lower number
+        self.titles_index = TitleIndex(self.titles, self.ids, self.popular)
+        self._load_labels(trained)
+        self.model = load_export(trained / "model.pt2")
+        self.retrieval, self.index = self._choose_retrieval(stage, retrieval), None
+        if self.retrieval == "hnsw":
+            self._load_index(stage)
+        if fingerprint(stage.root, run) != self.fingerprint:
+            raise UserError(f"{stage.root} changed while it was being read; try again when the stages have finished")
+
+    def _load_items(self, source, trained):
         items = load_items(source)
         self.ids = [None, *(item["id"] for item in items[1:])]
         # Titles of the public data sets hold HTML entities; they are text here, and whoever shows them escapes them.
@@ -71,12 +106,40 @@ class Recommender:
                             f"{len(self.ids) - 1} items). Run stage 06 again.")
         if not np.isfinite(self.vectors).all():
             raise UserError(f"{trained / 'item_vectors.npy'} holds NaN or infinite values. Run stage 06 again.")
-        self.interactions = load_interactions(source)
-        self.users = {user_id: u for u, user_id in enumerate(load_user_ids(source))}
-        self.counts = self.interactions.training_counts()
-        self.popular = np.argsort(-self.counts[1:], kind="stable") + 1  # item numbers, ties by lower number
-        self.model = load_export(trained / "model.pt2")
-        self.index = self._load_index(stage) if retrieval == "hnsw" else None
+        self.unit_vectors = unit(self.vectors)
+        self.category = [None, *((html.unescape(item["categories"][-1]) if item["categories"] else None) for item in items[1:])]
+        if len(set(self.category)) <= 2:  # padding's None and one name: it tells no item from another
+            self.category = [None] * len(self.ids)
+        self.in_category = {}
+        for n, item in enumerate(items[1:], 1):
+            for name in item["categories"]:
+                self.in_category.setdefault(html.unescape(name), set()).add(n)
+
+    def _load_labels(self, trained):
+        """Texts and vectors of explicit interests and the 2-D projection, where the export has them."""
+        self.labels, self.label_vectors, self.label_source, self.projection = [], None, None, None
+        if "label_vectors.npy" in self.manifest["outputs"]:
+            vectors, self.labels = load_array(trained / "label_vectors.npy"), load_lines(trained / "labels.jsonl")
+            self.label_source = load_json(trained / "labels.json")["source"]
+            if vectors.shape != (len(self.labels), self.vectors.shape[1]):
+                raise UserError(f"{trained}: label vectors {vectors.shape} for {len(self.labels)} labels of "
+                                f"{self.vectors.shape[1]} dimensions. Run stage 06 again.")
+            self.label_vectors = torch.from_numpy(unit(vectors)) if self.labels else None
+        if "map_projection.npy" in self.manifest["outputs"]:
+            self.projection = load_array(trained / "map_projection.npy")  # (D + 1, 2), the last row is the shift
+            self.position = [[round(x, 4), round(y, 4)] for x, y in self.project(self.vectors).tolist()]  # N + 1 points
+
+    def project(self, vectors):
+        """Place of vectors (n, D) on the map: (n, 2). Lengths do not matter, only directions."""
+        return unit(vectors) @ self.projection[:-1] + self.projection[-1]
+
+    def _choose_retrieval(self, stage, retrieval):
+        if retrieval != "auto" or not (stage.root / "07_evaluate" / self.run / "manifest.json").is_file():
+            return "exact" if retrieval == "auto" else retrieval
+        measured = load_json(stage.input("07_evaluate", run=self.run) / "metrics.json").get("ann")
+        better = measured and (measured["users_per_second_hnsw"] >= 2 * measured["users_per_second_exact"]
+                               and measured["recall@50"] >= .99)
+        return "hnsw" if better else "exact"
 
     def _load_index(self, stage):
         """07's index, checked against its sidecar and against the vectors it was built from."""
@@ -93,108 +156,281 @@ class Recommender:
         key = f"06_train/{self.run}/item_vectors.npy"
         if load_json(folder / "manifest.json")["inputs"].get(key) != stage.inputs[key]:
             raise UserError(f"{path} was built from other item vectors than {key} holds now. {again}")
-        index = hnswlib.Index(space="ip", dim=facts["dim"])
-        index.load_index(str(path))
+        self.index = hnswlib.Index(space="ip", dim=facts["dim"])
+        self.index.load_index(str(path))
         self.ef = facts["ef"]
-        return index
 
-    def query_of_user(self, user_id, **settings):
-        """A Query with the whole recorded history of a user of the data set. Raises KeyError for an unknown id."""
-        u = self.users[user_id]
-        events = self.interactions.items[self.interactions.offsets[u]:self.interactions.offsets[u + 1]]
-        return Query(history=tuple(self.ids[n] for n in events.tolist()), **settings)
+    # ---- ranking ----
 
     def recommend(self, queries):
-        """Answer a list of queries together: one model call and one kernel call for all of them."""
+        """Answer a list of queries together, with one model call and, mostly, one kernel call for all of them.
+
+        Raises KeyError for a query about a user that the data set does not have.
+        """
         answers = [self._prepare(query) for query in queries]
-        known = [a for a in answers if a.history.size]
+        known = [a for a in answers if a.history]
         if known:
-            history = np.zeros((len(known), self.max_len), dtype=np.int64)
-            for row, answer in zip(history, known):
-                newest = answer.history[-self.max_len:]
-                row[:len(newest)] = newest
-            interests, routing = interests_of(self.model, history)  # (B, K, D), (B, K, L)
-            for answer, answer.interests, answer.routing in zip(known, interests, routing):
-                pass
+            for answer, interests in zip(known, self._interests(known)):
+                answer.interests = interests
             self._retrieve(known)
         for answer in answers:
-            if not answer.history.size:
+            if not answer.history:
                 self._popular(answer)
+            if answer.query.diversity > 0:
+                self._diversify(answer)
         return answers
 
+    def _interests(self, answers):
+        history = np.zeros((len(answers), self.max_len), dtype=np.int64)
+        for row, answer in enumerate(answers):
+            newest = answer.history[-self.max_len:]
+            history[row, :len(newest)] = newest
+        return interests_of(self.model, history)[0]  # (B, K, D)
+
     def _prepare(self, query):
-        """Item numbers of the history, ids that are unknown, and sorted item numbers that must not be returned."""
-        numbers = [self.number.get(item_id, 0) for item_id in query.history]
-        unknown = list(dict.fromkeys(i for i, n in zip(query.history, numbers) if not n))
-        unknown += [i for i in dict.fromkeys(query.exclude_items) if i not in self.number and i not in unknown]
-        history = np.array([n for n in numbers if n], dtype=np.int64)
-        excluded = [self.number[i] for i in query.exclude_items if i in self.number]
-        excluded = np.unique(np.concatenate([history if query.exclude_seen else history[:0],
-                                             np.array(excluded, dtype=np.int64)]))
-        return Answer(query, history, unknown, excluded=excluded)
+        """Item numbers of the history, ids that are unknown, and item numbers that must not be returned."""
+        number = self.number
+        if query.user is not None:
+            u = self.users[query.user]
+            history, unknown = self.interactions.items[self.interactions.offsets[u]:self.interactions.offsets[u + 1]].tolist(), []
+        else:
+            history = [number[i] for i in query.history if i in number]
+            unknown = [i for i in query.history if i not in number]
+        unknown += [i for i in query.exclude_items if i not in number]
+        excluded = set(history) if query.exclude_seen else set()
+        excluded.update(number[i] for i in query.exclude_items if i in number)
+        if query.allow_categories:
+            allowed = set().union(*(self.in_category.get(c, ()) for c in query.allow_categories))
+            excluded |= set(range(1, len(self.ids))) - allowed
+        unknown_categories = [c for c in query.allow_categories if c not in self.in_category]
+        return Answer(query, history, list(dict.fromkeys(unknown)), list(dict.fromkeys(unknown_categories)), excluded)
+
+    def _wanted(self, answer):
+        """How many items to rank: k, or a pool to choose k diverse ones from, but no more than there are."""
+        k = answer.query.k
+        return min(k if answer.query.diversity == 0 else 2 * k + 100, len(self.ids) - 1 - len(answer.excluded))
 
     def _retrieve(self, answers):
         """Fill in items, scores and winning interests."""
-        if self.index is not None:
-            answers = [a for a in answers if not self._search_index(a)]
-            if not answers:
-                return
-        wanted = [min(a.query.k, len(self.vectors) - 1 - len(a.excluded)) for a in answers]
-        indptr = np.concatenate([[0], np.cumsum([len(a.excluded) for a in answers])])
-        exclude = indptr, np.concatenate([a.excluded for a in answers])
-        ids, scores, winner = rank(np.stack([a.interests for a in answers]), self.vectors, max(max(wanted), 1), exclude,
-                                   self.threads)
-        for row, (answer, n) in enumerate(zip(answers, wanted)):
-            answer.items, answer.scores, answer.winner = ids[row, :n], scores[row, :n], winner[row, :n]
+        groups = {}  # by the size of the list, so that one long list does not make all lists long
+        for answer in answers:
+            if self.index is None or not self._search_index(answer):
+                groups.setdefault(self._wanted(answer).bit_length(), []).append(answer)
+        for group in groups.values():
+            indptr = np.cumsum([0, *(len(a.excluded) for a in group)])
+            excluded = np.fromiter((n for a in group for n in a.excluded), dtype=np.int64, count=indptr[-1])
+            wanted = [self._wanted(a) for a in group]
+            ranked = rank(np.stack([a.interests for a in group]), self.vectors, max(1, *wanted), (indptr, excluded), self.threads)
+            for answer, n, items, scores, winner in zip(group, wanted, *(x.tolist() for x in ranked)):
+                answer.items, answer.scores, answer.winner = items[:n], scores[:n], winner[:n]
 
     def _search_index(self, answer):
         """Answer from the HNSW index; False if it yields fewer items than there are, so that exact search must decide.
 
         As many candidates more are fetched as may have to be left out, then the exact kernel ranks the candidates.
         """
-        available = len(self.vectors) - 1
-        wanted = min(answer.query.k, available - len(answer.excluded))
-        fetch = min(answer.query.k + len(answer.excluded), available)
+        wanted = self._wanted(answer)
+        fetch = wanted + len(answer.excluded)
+        if fetch > (len(self.ids) - 1) // 2:  # the graph would be walked nearly whole
+            return False
         self.index.set_ef(max(self.ef, fetch))
         try:
             labels, _ = self.index.knn_query(answer.interests, k=fetch, num_threads=1)
         except RuntimeError:  # hnswlib's way of saying that the graph search reached fewer than `fetch` items
             return False
-        candidates = np.setdiff1d(labels.astype(np.int64), answer.excluded)  # ascending, so ties rank as in exact search
+        candidates = np.unique(labels.astype(np.int64))  # ascending, so ties rank as in exact search
+        candidates = candidates[[n not in answer.excluded for n in candidates.tolist()]]
         if len(candidates) < wanted:
             return False
         table = self.vectors[np.concatenate([[0], candidates])]
         ids, scores, winner = rank(answer.interests[None], table, max(wanted, 1), n_threads=1)
-        answer.items = candidates[ids[0, :wanted] - 1]
-        answer.scores, answer.winner = scores[0, :wanted], winner[0, :wanted]
+        answer.items = candidates[ids[0, :wanted] - 1].tolist()
+        answer.scores, answer.winner = scores[0, :wanted].tolist(), winner[0, :wanted].tolist()
         return True
 
     def _popular(self, answer):
         """Most popular items in training, for a query without any known item."""
-        items = self.popular[~np.isin(self.popular, answer.excluded)][:answer.query.k]
-        answer.fallback, answer.items = "popular", items
-        answer.scores = self.counts[items].astype(np.float32)
-        answer.winner = np.full(len(items), -1, dtype=np.int32)
+        wanted = self._wanted(answer)
+        answer.items = []
+        for n in self.popular:
+            if len(answer.items) == wanted:
+                break
+            if n not in answer.excluded:
+                answer.items.append(n)
+        answer.fallback = "popular"
+        answer.scores = self.counts[answer.items].astype(float).tolist()
+        answer.winner = [-1] * len(answer.items)
+
+    def _diversify(self, answer):
+        groups = [self.category[n] or w for n, w in zip(answer.items, answer.winner)]
+        chosen = diversify(answer.scores, groups, answer.query.k, answer.query.diversity)
+        answer.items, answer.scores, answer.winner = ([x[c] for c in chosen] for x in (answer.items, answer.scores, answer.winner))
+
+    def similar(self, number, k):
+        """The k items whose vectors point most nearly the same way: item numbers and cosines, without the item itself."""
+        exclude = np.array([0, 1]), np.array([number])
+        k = min(k, len(self.ids) - 2)
+        ids, cosine, _ = rank(self.unit_vectors[None, None, number], self.unit_vectors, max(k, 1), exclude, self.threads)
+        return ids[0, :k].tolist(), cosine[0, :k].tolist()
+
+    # ---- answers as JSON ----
 
     def item(self, number):
-        """{"id", "title"} of an item number; the title is null where the data has none."""
-        return {"id": self.ids[number], "title": self.titles[number]}
+        """{"id", "title"} of an item number, and its place on the map; the title is null where the data has none."""
+        entry = {"id": self.ids[number], "title": self.titles[number]}
+        if self.projection is not None:
+            entry["position"] = self.position[number]
+        return entry
 
-    def because_of(self, answer, interest):
-        """The history items closest to an interest, by cosine, best first, newer first among equals: item numbers."""
-        newest = np.unique(answer.history[-self.max_len:][::-1], return_index=True)
-        numbers = newest[0][np.argsort(newest[1], kind="stable")]  # distinct, newest first
-        vectors, interest_vector = self.vectors[numbers], answer.interests[interest]
-        length = np.linalg.norm(vectors, axis=1) * np.linalg.norm(interest_vector)
-        cosine = vectors @ interest_vector / np.maximum(length, 1e-12)
-        return numbers[np.argsort(-cosine, kind="stable")[:BECAUSE]].tolist()
+    def describe(self, answers):
+        """Answers as JSON objects. Where the query asks to explain, with each interest's label and nearest history items.
 
-    def describe(self, answer):
-        """An answer as a JSON object: run, fallback, unknown_items, interests and ranked items."""
-        interests = []
-        for n in sorted(set(answer.winner.tolist()) - {-1}):
-            interests.append({"interest": n, "because_of": [self.item(i) for i in self.because_of(answer, n)]})
-        items = [self.item(n) | {"rank": r, "score": s, "interest": w if w >= 0 else None}
-                 for r, (n, s, w) in enumerate(zip(answer.items.tolist(), answer.scores.tolist(), answer.winner.tolist()), 1)]
-        return {"run": self.run, "fallback": answer.fallback, "unknown_items": answer.unknown, "interests": interests,
-                "items": items}
+        A label is the explicit interest text nearest to the interest by cosine in the aligned space. It was read out of
+        the history of some cluster's typical user, not of this user's, and says so.
+        """
+        explained = [a for a in answers if a.query.explain and a.history]
+        labels = iter(self._labels(np.concatenate([a.interests for a in explained])) if explained else [])  # K per answer
+        return [self._describe(a, [next(labels) for _ in a.interests] if a.query.explain and a.history else []) for a in answers]
+
+    def _labels(self, interests):
+        """Label of each interest (n, D): a list of dicts, None where the export has no labels."""
+        if self.label_vectors is None:
+            return [None] * len(interests)
+        cosine, nearest = (torch.from_numpy(unit(interests)) @ self.label_vectors.T).max(1)
+        return [{"text": self.labels[n]["text"], "similarity": round(c, 4), "of": "typical user", "cluster": self.labels[n]["cluster"]}
+                for n, c in zip(nearest.tolist(), cosine.tolist())]
+
+    def _describe(self, answer, labels):
+        result = {"run": self.run, "fallback": answer.fallback, "unknown_items": answer.unknown,
+                  "unknown_categories": answer.unknown_categories}
+        because = []
+        if answer.query.explain:
+            result |= {"label_source": self.label_source, "history": [self.item(n) for n in answer.history]}
+            result["interests"], because = self._reasons(answer, labels) if answer.history else ([], [])
+        result["items"] = items = []
+        for place, (n, score, winner) in enumerate(zip(answer.items, answer.scores, answer.winner), 1):
+            entry = {"rank": place, "id": self.ids[n], "title": self.titles[n], "score": round(score, 6),
+                     "interest": winner if winner >= 0 else None}
+            if answer.query.explain:
+                entry |= {"category": self.category[n], "because_of": because[winner] if because else []}
+                if self.projection is not None:
+                    entry["position"] = self.position[n]
+            items.append(entry)
+        return result
+
+    def _reasons(self, answer, labels):
+        """JSON objects of the interests, and the ids of the history items closest to each by cosine, newer first if equal."""
+        numbers = list(dict.fromkeys(answer.history[:-self.max_len - 1:-1]))  # distinct, newest first
+        cosine = self.unit_vectors[numbers] @ unit(answer.interests).T  # (distinct, K)
+        nearest = np.argsort(-cosine, 0, kind="stable")[:BECAUSE].T.tolist()  # (K, BECAUSE)
+        cosine = cosine.tolist()
+        interests = [{"interest": i, "label": label, "because_of": [
+            self.item(numbers[n]) | {"similarity": round(cosine[n][i], 4)} for n in row]}
+            for i, (label, row) in enumerate(zip(labels, nearest))]
+        if self.projection is not None:
+            for entry, (x, y) in zip(interests, self.project(answer.interests).tolist()):
+                entry["position"] = [round(x, 4), round(y, 4)]
+        return interests, [[self.ids[numbers[n]] for n in row] for row in nearest]
+
+
+def diversify(scores, groups, k, strength):
+    """ComiRec's controllable diversity (arXiv 2005.09347, 3.4), greedily: positions of k items, in the order chosen.
+
+    Maximises sum of f(i) + strength * sum over pairs of [group(i) != group(j)]. A step's gain is f(i) + strength * (number
+    chosen - number chosen of i's group), so an item loses `strength` for every chosen one of its group. `scores` are
+    ordered best first and scaled to 0..1 over the pool, which makes `strength` mean the same for every model.
+    """
+    span = (scores[0] - scores[-1]) or 1.0 if scores else 1.0
+    queues = {}
+    for position, group in enumerate(groups):
+        queues.setdefault(group, []).append(position)
+    heads, taken, chosen = dict.fromkeys(queues, 0), dict.fromkeys(queues, 0), []
+    while queues and len(chosen) < k:
+        # Within a group the best-scored item is always the better choice, so only the groups' heads compete.
+        group = max(queues, key=lambda g: ((scores[queues[g][heads[g]]] - scores[-1]) / span - strength * taken[g], -queues[g][heads[g]]))
+        chosen.append(queues[group][heads[group]])
+        heads[group] += 1
+        taken[group] += 1
+        if heads[group] == len(queues[group]):
+            del queues[group]
+    return chosen
+
+
+class TitleIndex:
+    """Search of titles by the beginnings of words, without regard to case and accents; most popular first."""
+
+    def __init__(self, titles, ids, popular):
+        self.number = {item_id.casefold(): n for n, item_id in enumerate(ids) if n}
+        postings = {}
+        for n in popular:
+            for word in set(words(titles[n] or "")):
+                postings.setdefault(word, []).append(n)
+        self.words = sorted(postings)
+        self.postings = [postings[word] for word in self.words]
+        self.popular = popular
+        self.place = {n: place for place, n in enumerate(popular)}
+
+    def search(self, query, limit):
+        """Item numbers whose title has, for each word of the query, a word that begins with it; an item's id finds it."""
+        found = None
+        for prefix in words(query):
+            at = bisect_left(self.words, prefix)
+            matches = set()
+            while at < len(self.words) and self.words[at].startswith(prefix):
+                matches.update(self.postings[at])
+                at += 1
+            found = matches if found is None else found & matches
+            if not found:
+                break
+        exact = self.number.get(query.strip().casefold())
+        ranked = self.popular if found is None and exact is None else sorted(found or (), key=self.place.__getitem__)
+        return ([exact] if exact else []) + [n for n in ranked[:limit + 1] if n != exact][:limit - bool(exact)]
+
+
+def words(text):
+    """Words of a text, folded: lower case, no accents."""
+    folded = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    return re.findall(r"\w+", folded.casefold())
+
+
+def unit(vectors):
+    """Vectors (n, D) scaled to length 1; a zero vector stays zero."""
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+
+def check_hashes(folder, files):
+    """Raise UserError unless the files' contents are those that the folder's manifest records."""
+    manifest = load_json(folder / "manifest.json")
+    for file in files:
+        if file not in manifest["outputs"] or sha256(folder / file) != manifest["outputs"][file]["sha256"]:
+            raise UserError(f"{folder / file} is not the file that manifest.json records (its SHA-256 differs). "
+                            f"Run stage {manifest['stage']} again, or copy its folder anew.")
+
+
+def fingerprint(root, run):
+    """Digest of the manifests a run is served from, or None while one that is needed is missing.
+
+    A stage removes its manifest before it writes and writes it last, so an equal digest before and after reading means
+    that nothing was written in between.
+    """
+    digest = hashlib.sha256()
+    for folder, needed in (("01_preprocess", True), (f"06_train/{run}", True), (f"07_evaluate/{run}", False)):
+        try:
+            digest.update((root / folder / "manifest.json").read_bytes())
+        except FileNotFoundError:
+            if needed:
+                return None
+    return digest.hexdigest()
+
+
+def choose_run(data_dir, dataset):
+    """(name, reason) of the newest finished run that EIMF taught, else of the newest. Raises UserError if there is none."""
+    folder = Path(data_dir) / dataset / "06_train"
+    found = []
+    for path in folder.glob("*/manifest.json"):
+        config = load_json(path.parent / "config.json")
+        found.append((bool(config["eimf"] and not config["control"]), load_json(path)["finished"], path.parent.name))
+    if not found:
+        raise UserError(f"no finished run in {folder}. Run: python stages/06_train.py --dataset {dataset}")
+    taught, _, name = max(found)
+    return name, "the newest finished one" + (" that EIMF taught" if taught else "")

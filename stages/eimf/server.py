@@ -1,0 +1,297 @@
+"""What runs underneath the HTTP application: the recommender in use and its hot reload, micro-batching, counters, connections."""
+import asyncio
+import fcntl
+import gc
+import json
+import logging
+import os
+import resource
+import socket
+import tempfile
+import threading
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import uvicorn
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+from .artifacts import UserError
+from .recommender import Query, Recommender, choose_run, fingerprint
+
+MAX_BATCH = 64  # queries in one kernel call; more only makes those in front wait for those behind
+MAX_WAITING = 4096  # queries that may wait; beyond that the answer is 503
+CONNECTION_SECONDS = 30  # a connection that completes no response in this time is closed
+CONNECTION_BYTES = 2 << 20  # and so is one that sends more than this before a response is complete
+MAX_CONNECTIONS = 8192  # beyond that the one that has waited longest is closed
+log = logging.getLogger("08_serve")
+
+
+class Overloaded(Exception):
+    """Too many queries are waiting."""
+
+
+class Live:
+    """The recommender in use. `watch` notices a new export, loads and tries it beside the old one, and swaps them.
+
+    settings: data_dir, dataset, run (None: the newest, see choose_run), retrieval, threads.
+    """
+
+    def __init__(self, settings):
+        self.settings, self.refused = settings, None
+        self.root = Path(settings["data_dir"]) / settings["dataset"]
+        self.current = self.load()
+
+    def load(self):
+        settings = self.settings
+        run = settings["run"] or choose_run(settings["data_dir"], settings["dataset"])[0]
+        return Recommender(settings["data_dir"], settings["dataset"], run, settings["retrieval"], settings["threads"])
+
+    def poll(self):
+        """Look once. Returns "loaded", "refused" or None (nothing new). The old recommender serves until the swap."""
+        if fingerprint(self.root, self.current.run) is None:
+            return None  # the run in use is being trained again; wait for it rather than change to an older one
+        try:
+            run = self.settings["run"] or choose_run(self.settings["data_dir"], self.settings["dataset"])[0]
+            found = run, fingerprint(self.root, run)
+            if found[1] is None or found in ((self.current.run, self.current.fingerprint), self.refused):
+                return None
+            self.refused = found  # until the opposite is shown
+            fresh = self.load()
+            fresh.describe(fresh.recommend([Query(history=(fresh.ids[1],))]))
+        except Exception as error:  # whatever is wrong with a new export, the old one goes on serving
+            log.error("a new export is refused, run %s goes on serving: %s", self.current.run, error,
+                      exc_info=not isinstance(error, UserError))
+            return "refused"
+        old, self.current, self.refused = self.current, fresh, None
+        log.info("run %s is replaced by %s, trained %s", old.run, fresh.run, fresh.manifest["finished"])
+        return "loaded"
+
+    def watch(self, seconds, stop, metrics):
+        """Poll until `stop` (a threading.Event) is set. Runs in a thread of its own."""
+        while not stop.wait(seconds):
+            metrics.set("eimf_resident_memory_bytes", resident_bytes())
+            if result := self.poll():
+                metrics.add(f'eimf_reloads_total{{result="{result}"}}')
+                gc.collect()  # an exported module refers to itself, so the old one would linger
+
+
+class Batcher:
+    """Answers queries in one thread; those that arrive while it works are answered together next time."""
+
+    def __init__(self, live, metrics):
+        self.live, self.metrics = live, metrics
+        self.groups, self.waiting, self.busy = deque(), 0, False
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix="recommend")
+
+    async def ask(self, queries):
+        """JSON text of each query's answer, or the exception that it raised. Raises Overloaded."""
+        if self.waiting + len(queries) > MAX_WAITING:
+            raise Overloaded
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
+        self.groups.append((queries, future))
+        self.waiting += len(queries)
+        if not self.busy:
+            self.busy = True
+            loop.call_soon(self._start, loop)  # not at once: requests read in the same turn of the loop come along
+        return await future
+
+    def _start(self, loop):
+        batch, size = [], 0
+        while self.groups and (not batch or size + len(self.groups[0][0]) <= MAX_BATCH):
+            batch.append(self.groups.popleft())
+            size += len(batch[-1][0])
+        self.waiting -= size
+        self.metrics.observe("eimf_batch_queries", size)
+        self.pool.submit(self._work, batch, loop)
+
+    def _work(self, batch, loop):
+        # One recommender for the whole batch, whatever is swapped in meanwhile.
+        results = iter(answer_all(self.live.current, [query for queries, _ in batch for query in queries]))
+        loop.call_soon_threadsafe(self._finish, batch, [[next(results) for _ in queries] for queries, _ in batch], loop)
+
+    def _finish(self, batch, results, loop):
+        for (_, future), result in zip(batch, results):
+            if not future.done():  # a client that went away has cancelled its own
+                future.set_result(result)
+        self.busy = bool(self.groups)
+        if self.busy:
+            self._start(loop)
+
+
+def answer_all(recommender, queries):
+    """JSON text or exception of each query. A query that fails does not take the others with it."""
+    try:
+        known = [q for q in queries if q.user is None or q.user in recommender.users]
+        described = iter(recommender.describe(recommender.recommend(known)))
+        return [json.dumps(next(described), ensure_ascii=False, allow_nan=False) if q.user is None or q.user in recommender.users
+                else KeyError(q.user) for q in queries]
+    except Exception as error:
+        if len(queries) == 1:
+            log.error("a query failed", exc_info=True)
+            return [error]
+        return [answer_all(recommender, [q])[0] for q in queries]
+
+
+class Metrics:
+    """Counters in Prometheus' text format, summed over all workers of the server.
+
+    Each worker owns a row of a small file that all of them map; a worker that dies leaves its row, and its counts, to
+    the one that replaces it.
+    """
+    SECONDS = (.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5)
+    SIZES = (1, 2, 4, 8, 16, 32, 64)
+    STATUSES = (200, 400, 401, 404, 405, 408, 413, 415, 422, 500, 503)
+    HELP = {
+        "eimf_requests_total": ("counter", "Requests answered, by route and status."),
+        "eimf_request_seconds": ("histogram", "Time from a request's first byte to its last, by the server's clock."),
+        "eimf_batch_queries": ("histogram", "Queries answered together by one model call."),
+        "eimf_reloads_total": ("counter", "New exports found, by what became of them."),
+        "eimf_resident_memory_bytes": ("gauge", "Resident memory of all workers."),
+    }
+
+    def __init__(self, routes, folder=None, workers=1):
+        names = [f'eimf_requests_total{{route="{r}",status="{s}"}}' for r in (*routes, "other") for s in self.STATUSES]
+        for name, bounds in (("eimf_request_seconds", self.SECONDS), ("eimf_batch_queries", self.SIZES)):
+            names += [f'{name}_bucket{{le="{b}"}}' for b in (*bounds, "+Inf")] + [f"{name}_sum", f"{name}_count"]
+        names += [f'eimf_reloads_total{{result="{r}"}}' for r in ("loaded", "refused")] + ["eimf_resident_memory_bytes"]
+        self.index = {name: n for n, name in enumerate(names)}
+        self.bounds = {"eimf_request_seconds": self.SECONDS, "eimf_batch_queries": self.SIZES}
+        if folder is None:
+            self.rows, mine = np.zeros((1, len(names))), 0
+        else:
+            path = Path(folder) / "metrics"
+            self.file = open(path, "a+b")  # kept open: closing it would give up the lock
+            self.file.truncate(workers * len(names) * 8)
+            self.rows = np.memmap(path, dtype=np.float64, shape=(workers, len(names)), mode="r+")
+            mine = next(row for row in range(workers) if self._claim(row))
+        self.row = self.rows[mine]
+
+    def _claim(self, row):
+        try:
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, row)
+            return True
+        except OSError:
+            return False
+
+    def add(self, name, value=1):
+        self.row[self.index[name]] += value
+
+    def set(self, name, value):
+        self.row[self.index[name]] = value
+
+    def observe(self, name, value):
+        bound = next((b for b in self.bounds[name] if value <= b), "+Inf")
+        self.add(f'{name}_bucket{{le="{bound}"}}')
+        self.add(f"{name}_sum", value)
+        self.add(f"{name}_count")
+
+    def request(self, route, status, seconds):
+        name = f'eimf_requests_total{{route="{route}",status="{status}"}}'
+        self.add(name if name in self.index else f'eimf_requests_total{{route="other",status="{status}"}}'
+                 if status in self.STATUSES else 'eimf_requests_total{route="other",status="500"}')
+        self.observe("eimf_request_seconds", seconds)
+
+    def render(self):
+        """The text of GET /metrics. Buckets are cumulative, as the format asks."""
+        totals, lines, family, below = np.array(self.rows).sum(0), [], None, 0.0
+        for name, n in self.index.items():
+            base = next(f for f in self.HELP if name.startswith(f))
+            if base != family:
+                family, below = base, 0.0
+                lines += [f"# HELP {base} {self.HELP[base][1]}", f"# TYPE {base} {self.HELP[base][0]}"]
+            value = totals[n]
+            if "_bucket{" in name:
+                value = below = below + value
+            if value or not name.startswith("eimf_requests_total"):
+                lines.append(f"{name} {value:.17g}")
+        return "\n".join(lines) + "\n"
+
+
+def resident_bytes():
+    """This process's resident memory; its peak where the system does not tell the present value."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+class Connection(AutoHTTPProtocol):
+    """uvicorn's HTTP connection with one rule more: complete a response every CONNECTION_SECONDS, or be closed.
+
+    That covers connections that never send a request, headers or bodies that trickle in, and clients that do not read
+    what they asked for. When there are too many, the one that has waited longest goes first.
+    """
+    waiting = {}  # open connections, longest without a completed response first
+
+    def connection_made(self, transport):
+        super().connection_made(transport)
+        self.received, self.mark = 0, self.loop.time()
+        self.waiting[self] = None
+        if len(self.waiting) > MAX_CONNECTIONS:
+            next(iter(self.waiting)).abort()
+        self.timer = self.loop.call_later(CONNECTION_SECONDS, self.check)
+
+    def data_received(self, data):
+        self.received += len(data)
+        if self.received > CONNECTION_BYTES:
+            return self.abort()
+        return super().data_received(data)
+
+    def on_response_complete(self):
+        self.received, self.mark = 0, self.loop.time()
+        if self in self.waiting:
+            self.waiting[self] = self.waiting.pop(self)
+        super().on_response_complete()
+
+    def check(self):
+        left = self.mark + CONNECTION_SECONDS - self.loop.time()
+        if left <= 0:
+            return self.abort()
+        self.timer = self.loop.call_later(left, self.check)
+
+    def abort(self):
+        self.waiting.pop(self, None)
+        self.transport.abort()
+
+    def connection_lost(self, exc):
+        self.waiting.pop(self, None)
+        self.timer.cancel()
+        super().connection_lost(exc)
+
+
+def serve(settings, host, port, workers):
+    """Run the server until it is told to stop; requests in flight are finished first. settings: see service.create."""
+    from .service import create
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_CONNECTIONS + 256 if hard == resource.RLIM_INFINITY else min(MAX_CONNECTIONS + 256, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+    listener = listen(host, port)
+    app = create(settings)  # also with several workers, so that a wrong folder is reported once and before any starts
+    print(f"serving run {app.live.current.run} on http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]} "
+          f"with {workers} worker{'s' * (workers > 1)}; Ctrl-C stops", flush=True)
+    options = {"fd": listener.fileno(), "http": Connection, "ws": "none", "access_log": False, "log_level": "warning",
+               "timeout_graceful_shutdown": 20, "server_header": False}
+    if workers == 1:
+        uvicorn.run(app, **options)
+        return
+    del app
+    with tempfile.TemporaryDirectory(prefix="eimf-serve-") as folder:
+        # Workers are new processes, which find their settings in the environment; the token is there already.
+        os.environ["EIMF_SERVE"] = json.dumps(settings | {"metrics": folder, "workers": workers})
+        uvicorn.run("eimf.service:create", factory=True, workers=workers, **options)
+
+
+def listen(host, port):
+    """A bound socket. Raises UserError if the address cannot be had."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(2048)  # from now on clients wait for the server to be ready instead of being refused
+    except OSError as error:
+        raise UserError(f"cannot listen on {host} port {port}: {error.strerror or error}. Choose another --port or --host.") from None
+    listener.set_inheritable(True)
+    return listener
