@@ -3,11 +3,15 @@
 Reads   01_preprocess/  sequences, split
         02_encode_text/ item_text.npy float32 (items + 1, d_t), item_has_text.npy bool           with --eimf only
         03_cluster_users/ cluster_of_user.npy int32 (users,)                                      with --eimf only
+        04_infer_interests/ interests.jsonl, for the labels                                       with --eimf only
         05_encode_interests/ interest_vectors.npy float32 (all, d_t), interest_offsets.npy int64  with --eimf only
 Writes  06_train/<run>/
         model.pt2         torch.export archive: history int64 (B, max_len) -> interests float32 (B, K, D), routing
                           float32 (B, K, max_len); any batch size; needs neither this code nor any text
         item_vectors.npy  float32 (items + 1, D), row 0 zero; item_ids.txt: line i is row i's item id, line 0 empty
+        map_projection.npy  float32 (D + 1, 2), places items and interests on a plane
+        label_vectors.npy float32 (labels, D), labels.jsonl, labels.json: explicit interests in the aligned space, their
+                          texts and who wrote them                                                 with --eimf only
         config.json       settings, best iteration, validation metrics
         log.jsonl         one line per validation: iteration, loss terms, metrics, seconds
         checkpoint/       last.safetensors, from which a killed run goes on with the same result
@@ -29,13 +33,13 @@ from torch import nn
 from tqdm import tqdm
 
 from eimf import losses
-from eimf.artifacts import (Stage, UserError, argument_parser, atomic, load_array, run, save_array, save_json,
-                            save_lines)
+from eimf.artifacts import Stage, UserError, argument_parser, atomic, run, save_array, save_json, save_lines
 from eimf.backbones import BACKBONES
 from eimf.data import load_interactions, load_items, padded
 from eimf.export import save_export
 from eimf.metrics import hit_matrix, per_user
 from eimf.ranking import interests_of, rank, targets_of
+from eimf.teacher import Teacher, load_text, save_labels
 
 # Spread of the initial item vectors. The REMI authors' code has sqrt(2 / D) = 0.18, with which Office reaches a validation
 # Recall@50 of .204 (test .214) and with 0.02 .210 (test .251); Beauty leaves the flat start of training later with 0.02.
@@ -113,103 +117,6 @@ class Popularity(nn.Module):
         return torch.ones_like(history[:, :1, None], dtype=torch.float32), share / share.sum(2, keepdim=True).clamp(min=1)
 
 
-class Teacher(nn.Module):
-    """The explicit side: frozen text vectors, one learned map to D, self-attention over explicit interests (Eq. 4, 7)."""
-
-    def __init__(self, text, args):
-        super().__init__()
-        self.args = args
-        for name, tensor in text.items():
-            self.register_buffer(name, tensor, persistent=False)  # rebuilt from the stage folders, not checkpointed
-        self.projection = nn.Linear(self.item_text.shape[1], args.dim, bias=False)  # shared by titles and interests
-        self.query, self.key, self.value = (nn.Linear(args.dim, args.dim, bias=False) for _ in range(3))
-        for weight in self.parameters():
-            nn.init.kaiming_normal_(weight)
-        self.no_title = torch.nonzero(~self.item_has_text).squeeze(1)
-
-    def explicit(self, cluster):
-        """Explicit interests of each user's typical user, cluster (B,) -> (B, M, D) and mask (B, M)."""
-        index = self.interest_index[cluster]  # (B, M), -1 where there is none
-        mask = (index >= 0) & (cluster >= 0)[:, None]
-        e = self.query.weight.new_zeros(*index.shape, self.args.dim)
-        e[mask] = self.projection(self.interest_vectors[index[mask]])  # (B, M, D), Eq. 4; padded rows cost nothing
-        scores = self.query(e) @ self.key(e).transpose(1, 2) / math.sqrt(e.shape[2])  # (B, M, M), Eq. 7
-        scores = scores.masked_fill(~mask[:, None], torch.finfo(e.dtype).min)
-        # The attention adds to each interest what the others say. Without the sum, the value map first has to learn to give
-        # back what the projection already knows: on Beauty the semantic loss stays higher (.68 against .65).
-        return e + scores.softmax(2) @ self.value(e), mask
-
-    def forward(self, model, implicit, target, user, cluster):
-        """Loss terms of both tasks, dict of scalars. implicit (B, D): the read-out of the implicit interests."""
-        args = self.args
-        titles = self.projection(self.item_text)  # (N + 1, D)
-        target_text_vector, target_id_vector = titles[target], model.items(target)  # e^T_t and e^T_i, (B, D)
-        explicit, mask = self.explicit(cluster)
-        has_title = self.item_has_text[target]
-        keep = has_title & mask.any(1)  # (B,), targets without a title have no text term
-        taught = losses.read_out(explicit, target_text_vector, mask, args.soft_read_out)  # (B, D), Eq. 8
-        terms = {}
-        if not args.no_semantic_prediction:
-            terms["semantic"] = losses.softmax_loss(taught, titles, target, self.no_title, keep)  # Eq. 9
-        if not args.no_alignment:
-            # A pair with the same target, or taught by the same typical user, is no negative of each other.
-            same_target = target[:, None] == target
-            same_teacher = cluster[:, None] == cluster
-            terms["align_user"] = (  # Eq. 10 and 12, explicit against implicit read-out
-                args.alpha * losses.info_nce(taught, implicit, same_target | same_teacher, args.temperature, keep)
-                + args.beta * losses.cosine_distance(taught, implicit, keep))
-            terms["align_item"] = (  # Eq. 11 and 12, title against ID embedding; only the target matters here
-                args.alpha * losses.info_nce(target_text_vector, target_id_vector, same_target, args.temperature, has_title)
-                + args.beta * losses.cosine_distance(target_text_vector, target_id_vector, has_title))
-        return terms
-
-
-def load_text(stage, args, n_items):
-    """Tensors of the explicit side from stages 02, 03 and 05, with the control applied."""
-    encoded, clusters, interests = (stage.input(s) for s in ("02_encode_text", "03_cluster_users", "05_encode_interests"))
-    item_text = load_array(encoded / "item_text.npy")
-    vectors = load_array(interests / "interest_vectors.npy")
-    offsets = load_array(interests / "interest_offsets.npy")
-    cluster_of_user = load_array(clusters / "cluster_of_user.npy").astype(np.int64)
-    if len(item_text) != n_items + 1 or item_text.shape[1] != vectors.shape[1]:
-        raise UserError(f"text vectors do not fit: {item_text.shape} for {n_items} items and {vectors.shape} for the explicit "
-                        "interests. Run stages 02 and 05 again, with one encoder.")
-    if cluster_of_user.max(initial=-1) >= len(offsets) - 1:
-        raise UserError(f"03 has {cluster_of_user.max() + 1} clusters, 05 has interests for {len(offsets) - 1}. "
-                        "Run stages 04 and 05 again.")
-    has_text = load_array(encoded / "item_has_text.npy")
-    if not has_text.any():
-        raise UserError(f"no item of {args.dataset} has a title, so there is nothing to teach with; train without --eimf")
-    if 0 < args.text_dim < item_text.shape[1]:
-        item_text, vectors = reduce_text(args.text_dim, item_text, vectors)
-    rng = np.random.default_rng([args.seed, 1])
-    if args.control == "random-text":
-        item_text, vectors = (_random_unit(rng, x.shape) for x in (item_text, vectors))
-    if args.control == "shuffled-clusters":
-        clustered = np.flatnonzero(cluster_of_user >= 0)
-        cluster_of_user[clustered] = cluster_of_user[rng.permutation(clustered)]
-    # Ragged sets as one padded index, (clusters, M); the last row, all -1, is where cluster -1 points.
-    lengths = np.diff(offsets)
-    column = np.arange(max(lengths.max(initial=0), 1))
-    index = np.where(column < lengths[:, None], offsets[:-1, None] + column, -1)
-    index = np.concatenate([index, np.full((1, len(column)), -1)])
-    tensors = {"item_text": item_text, "item_has_text": has_text, "interest_vectors": vectors, "interest_index": index}
-    return {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in tensors.items()}, cluster_of_user
-
-
-def reduce_text(dim, item_text, vectors):
-    """Rotate both sets onto the `dim` leading right singular vectors of the title vectors."""
-    values, axes = np.linalg.eigh(item_text.T.astype(np.float64) @ item_text)
-    axes = axes[:, np.argsort(-values)[:dim]]  # (d_t, dim)
-    axes *= np.where(axes[np.abs(axes).argmax(0), np.arange(dim)] < 0, -1, 1)  # eigenvectors have no sign of their own
-    return tuple((x @ axes).astype(np.float32) for x in (item_text, vectors))
-
-
-def _random_unit(rng, shape):
-    x = rng.standard_normal(shape, dtype=np.float32)
-    return x / np.linalg.norm(x, axis=1, keepdims=True)
-
-
 class Batches:
     """One random target per sampled user: position k in [4, len) and the up to max_len events before it (paper, 4.1).
 
@@ -268,7 +175,7 @@ def train(stage, args, interactions, model, teacher, cluster_of_user, device):
                  "regulariser": model.backbone.regulariser(routing)}
         if teacher:
             cluster = torch.from_numpy(cluster_of_user[users]).to(device)
-            taught = teacher(model, implicit, target, users, cluster)
+            taught = teacher(implicit, target, model.items(target), cluster)
             terms |= {name: args.gamma * term for name, term in taught.items()}  # Eq. 15
         loss = sum(terms.values())
         optimizer.zero_grad(set_to_none=True)
@@ -359,6 +266,21 @@ def load_checkpoint(path, identity, parameters, optimizer, device):
     return state, best
 
 
+def map_projection(vectors):
+    """A flat map of the items by PCA of their directions: float32 (D + 1, 2), the last row is the shift.
+
+    The place of any vector v, item or interest, is (v / |v|) @ map[:-1] + map[-1]; items lie within [-1, 1].
+    """
+    unit = vectors[1:] / np.linalg.norm(vectors[1:], axis=1, keepdims=True).clip(1e-12)
+    mean = unit.mean(0)
+    values, axes = np.linalg.eigh((unit - mean).T.astype(np.float64) @ (unit - mean))
+    axes = axes[:, np.argsort(-values)[:2]]
+    if axes.shape[1] < 2:  # vectors of one number have one direction
+        axes = np.concatenate([axes, np.zeros_like(axes)], 1)
+    axes /= np.abs((unit - mean) @ axes).max(0).clip(1e-12)
+    return np.concatenate([axes, -mean[None] @ axes]).astype(np.float32)
+
+
 def pick_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -396,11 +318,14 @@ def main(argv=None):
     save_export(model, args.max_len, stage.folder / "model.pt2")
     save_array(stage.folder / "item_vectors.npy", model.items.weight.detach().cpu().numpy())
     save_lines(stage.folder / "item_ids.txt", ["", *(item["id"] for item in items[1:])])
+    save_array(stage.folder / "map_projection.npy", map_projection(model.items.weight.detach().cpu().numpy()))
     summary = {"best_iteration": state["best_iteration"], "iterations": state["iteration"], "valid": state["best"]}
     settings = {"run": args.run, "backbone": args.backbone, "eimf": args.eimf, "control": args.control, "seed": args.seed,
                 "max_len": args.max_len, "dim": model.items.weight.shape[1], "items": interactions.n_items}
     save_json(stage.folder / "config.json", settings | summary)
-    outputs = ["model.pt2", "item_vectors.npy", "item_ids.txt", "config.json", "log.jsonl"]
+    outputs = ["model.pt2", "item_vectors.npy", "item_ids.txt", "map_projection.npy", "config.json", "log.jsonl"]
+    if args.eimf and not args.control:
+        outputs += save_labels(teacher, stage, stage.folder)
     stage.finish(summary, outputs)
     print(f"{args.run}: best at iteration {summary['best_iteration']} of {summary['iterations']}, "
           f"validation Recall@50 {summary['valid']['recall@50']:.4f}, written to {stage.folder}")

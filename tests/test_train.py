@@ -99,7 +99,8 @@ def test_teacher_terms_by_hand(stage06, args):
     cluster = cluster_of_user[users]
     interests, _ = model(torch.tensor(history))
     implicit = stage06.losses.read_out(interests, model.items(torch.tensor(target)))
-    terms = teacher(model, implicit, torch.tensor(target), users, torch.tensor(cluster))
+    target_ids = model.items(torch.tensor(target))
+    terms = teacher(implicit, torch.tensor(target), target_ids, torch.tensor(cluster))
 
     weight = {name: p.detach().numpy() for name, p in teacher.named_parameters()}
     titles = text["item_text"].numpy() @ weight["projection.weight"].T
@@ -141,7 +142,8 @@ def test_the_teacher_reaches_the_model_and_the_model_needs_no_teacher(stage06, a
     history, target, users = stage06.Batches(interactions, args)[1]
     interests, _ = model(torch.tensor(history))
     target = torch.tensor(target)
-    terms = teacher(model, stage06.losses.read_out(interests, model.items(target)), target, users, torch.tensor(cluster_of_user[users]))
+    ids = model.items(target)
+    terms = teacher(stage06.losses.read_out(interests, ids), target, ids, torch.tensor(cluster_of_user[users]))
     terms["align_user"].backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in [*model.parameters(), *teacher.parameters()])
 

@@ -1,0 +1,138 @@
+"""The explicit side of EIMF: frozen text, a learned map, and the two tasks that teach a behavioural model (paper, 3.3-3.4).
+
+Shapes: B batch, M explicit interests, D dimension, N items, d_t text dimension.
+"""
+import math
+
+import numpy as np
+import torch
+from torch import nn
+
+from . import losses
+from .artifacts import UserError, load_array, load_json, load_lines, save_array, save_json, save_lines
+
+
+class Teacher(nn.Module):
+    """The explicit side: frozen text vectors, one learned map to D, self-attention over explicit interests (Eq. 4, 7)."""
+
+    def __init__(self, text, args):
+        super().__init__()
+        self.args = args
+        for name, tensor in text.items():
+            self.register_buffer(name, tensor, persistent=False)  # rebuilt from the stage folders, not checkpointed
+        self.projection = nn.Linear(self.item_text.shape[1], args.dim, bias=False)  # shared by titles and interests
+        self.query, self.key, self.value = (nn.Linear(args.dim, args.dim, bias=False) for _ in range(3))
+        for weight in self.parameters():
+            nn.init.kaiming_normal_(weight)
+        self.no_title = torch.nonzero(~self.item_has_text).squeeze(1)
+
+    def explicit(self, cluster):
+        """Explicit interests of each user's typical user, cluster (B,) -> (B, M, D) and mask (B, M)."""
+        index = self.interest_index[cluster]  # (B, M), -1 where there is none
+        mask = (index >= 0) & (cluster >= 0)[:, None]
+        e = self.query.weight.new_zeros(*index.shape, self.args.dim)
+        e[mask] = self.projection(self.interest_vectors[index[mask]])  # (B, M, D), Eq. 4; padded rows cost nothing
+        scores = self.query(e) @ self.key(e).transpose(1, 2) / math.sqrt(e.shape[2])  # (B, M, M), Eq. 7
+        scores = scores.masked_fill(~mask[:, None], torch.finfo(e.dtype).min)
+        # The attention adds to each interest what the others say. Without the sum, the value map first has to learn to give
+        # back what the projection already knows: on Beauty the semantic loss stays higher (.68 against .65).
+        return e + scores.softmax(2) @ self.value(e), mask
+
+    def forward(self, implicit, target, target_id_vector, cluster):
+        """Loss terms of both tasks, dict of scalars.
+
+        implicit (B, D): the read-out of the implicit interests; target (B,) item numbers; target_id_vector (B, D): their
+        ID embeddings; cluster (B,): the users' clusters, -1 for none.
+        """
+        args = self.args
+        titles = self.projection(self.item_text)  # (N + 1, D)
+        target_text_vector = titles[target]  # e^T_t, (B, D); target_id_vector is e^T_i
+        explicit, mask = self.explicit(cluster)
+        has_title = self.item_has_text[target]
+        keep = has_title & mask.any(1)  # (B,), targets without a title have no text term
+        taught = losses.read_out(explicit, target_text_vector, mask, args.soft_read_out)  # (B, D), Eq. 8
+        terms = {}
+        if not args.no_semantic_prediction:
+            terms["semantic"] = losses.softmax_loss(taught, titles, target, self.no_title, keep)  # Eq. 9
+        if not args.no_alignment:
+            # A pair with the same target, or taught by the same typical user, is no negative of each other.
+            same_target = target[:, None] == target
+            same_teacher = cluster[:, None] == cluster
+            terms["align_user"] = (  # Eq. 10 and 12, explicit against implicit read-out
+                args.alpha * losses.info_nce(taught, implicit, same_target | same_teacher, args.temperature, keep)
+                + args.beta * losses.cosine_distance(taught, implicit, keep))
+            terms["align_item"] = (  # Eq. 11 and 12, title against ID embedding; only the target matters here
+                args.alpha * losses.info_nce(target_text_vector, target_id_vector, same_target, args.temperature, has_title)
+                + args.beta * losses.cosine_distance(target_text_vector, target_id_vector, has_title))
+        return terms
+
+
+def load_text(stage, args, n_items):
+    """Tensors of the explicit side from stages 02, 03 and 05, with the control applied: (tensors, cluster_of_user).
+
+    Raises UserError if the stages' outputs do not fit together or no item has a title.
+    """
+    encoded, clusters, interests = (stage.input(s) for s in ("02_encode_text", "03_cluster_users", "05_encode_interests"))
+    item_text = load_array(encoded / "item_text.npy")
+    vectors = load_array(interests / "interest_vectors.npy")
+    offsets = load_array(interests / "interest_offsets.npy")
+    cluster_of_user = load_array(clusters / "cluster_of_user.npy").astype(np.int64)
+    if len(item_text) != n_items + 1 or item_text.shape[1] != vectors.shape[1]:
+        raise UserError(f"text vectors do not fit: {item_text.shape} for {n_items} items and {vectors.shape} for the explicit "
+                        "interests. Run stages 02 and 05 again, with one encoder.")
+    if cluster_of_user.max(initial=-1) >= len(offsets) - 1:
+        raise UserError(f"03 has {cluster_of_user.max() + 1} clusters, 05 has interests for {len(offsets) - 1}. "
+                        "Run stages 04 and 05 again.")
+    has_text = load_array(encoded / "item_has_text.npy")
+    if not has_text.any():
+        raise UserError(f"no item of {args.dataset} has a title, so there is nothing to teach with; train without --eimf")
+    if 0 < args.text_dim < item_text.shape[1]:
+        item_text, vectors = reduce_text(args.text_dim, item_text, vectors)
+    rng = np.random.default_rng([args.seed, 1])
+    if args.control == "random-text":
+        item_text, vectors = (_random_unit(rng, x.shape) for x in (item_text, vectors))
+    if args.control == "shuffled-clusters":
+        clustered = np.flatnonzero(cluster_of_user >= 0)
+        cluster_of_user[clustered] = cluster_of_user[rng.permutation(clustered)]
+    # Ragged sets as one padded index, (clusters, M); the last row, all -1, is where cluster -1 points.
+    lengths = np.diff(offsets)
+    column = np.arange(max(lengths.max(initial=0), 1))
+    index = np.where(column < lengths[:, None], offsets[:-1, None] + column, -1)
+    index = np.concatenate([index, np.full((1, len(column)), -1)])
+    tensors = {"item_text": item_text, "item_has_text": has_text, "interest_vectors": vectors, "interest_index": index}
+    return {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in tensors.items()}, cluster_of_user
+
+
+def reduce_text(dim, item_text, vectors):
+    """Rotate both sets onto the `dim` leading right singular vectors of the title vectors."""
+    values, axes = np.linalg.eigh(item_text.T.astype(np.float64) @ item_text)
+    axes = axes[:, np.argsort(-values)[:dim]]  # (d_t, dim)
+    axes *= np.where(axes[np.abs(axes).argmax(0), np.arange(dim)] < 0, -1, 1)  # eigenvectors have no sign of their own
+    return tuple((x @ axes).astype(np.float32) for x in (item_text, vectors))
+
+
+def _random_unit(rng, shape):
+    x = rng.standard_normal(shape, dtype=np.float32)
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def save_labels(teacher, stage, folder):
+    """Write what explains an interest in words: every explicit interest's vector in the aligned space, and its text.
+
+    label_vectors.npy float32 (labels, D), labels.jsonl lines {"text", "cluster"}, labels.json {"source"}. An interest's
+    label is the text whose vector is nearest by cosine. Nothing is written if stage 04 is not there.
+    """
+    source = stage.input("04_infer_interests", optional=True)
+    if source is None:
+        return []
+    rows = load_lines(source / "interests.jsonl")
+    with torch.inference_mode():
+        explicit, mask = teacher.explicit(torch.arange(len(rows), device=teacher.no_title.device))  # (C, M, D), (C, M)
+        vectors = explicit[mask].cpu().numpy()
+    labels = [{"text": text, "cluster": cluster} for cluster, row in enumerate(rows) for text in row["interests"]]
+    if len(labels) != len(vectors):
+        raise UserError(f"stage 04 has {len(labels)} interests, stage 05 encoded {len(vectors)}. Run stage 05 again.")
+    save_array(folder / "label_vectors.npy", vectors)
+    save_lines(folder / "labels.jsonl", labels)
+    save_json(folder / "labels.json", {"source": load_json(source / "usage.json")["llm"]})
+    return ["label_vectors.npy", "labels.jsonl", "labels.json"]
