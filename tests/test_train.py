@@ -112,9 +112,10 @@ def test_teacher_terms_by_hand(stage06, args):
         if c < 0 or not len(index):
             continue
         e = text["interest_vectors"].numpy()[index] @ weight["projection.weight"].T
-        scores = (e @ weight["query.weight"].T) @ (e @ weight["key.weight"].T).T / np.sqrt(args.dim)
+        query, key, value = np.split(e @ weight["attention.weight"].T, 3, axis=1)
+        scores = query @ key.T / np.sqrt(args.dim)
         attention = np.exp(scores - scores.max(1, keepdims=True))
-        h = e + attention / attention.sum(1, keepdims=True) @ (e @ weight["value.weight"].T)
+        h = e + attention / attention.sum(1, keepdims=True) @ value
         taught[row] = h[(h @ titles[target[row]]).argmax()]
     keep = has_title[target] & (cluster >= 0)
     assert 0 < keep.sum() < len(keep)
@@ -185,6 +186,7 @@ def test_padding_does_not_matter_and_an_empty_history_is_finite(stage06, args):
     torch.testing.assert_close(before[:2], after[:2])
     assert torch.isfinite(before).all() and torch.isfinite(routing).all()
     assert not routing[0, :, 4:].any()
+    torch.testing.assert_close(model.eval()(history), (after, routing))  # the exported form equals the training form
 
 
 def test_regulariser_is_remis(stage06):

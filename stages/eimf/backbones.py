@@ -25,9 +25,14 @@ class ComiRecSA(nn.Module):
             nn.init.kaiming_normal_(weight)
 
     def forward(self, vectors, mask):
-        scores = self.heads(torch.tanh(self.hidden(vectors + self.position)))  # (B, L, K)
+        placed = vectors + self.position
         # A finite minimum, not -inf: an all-padding history then gives the mean of zero vectors instead of NaN.
-        scores = scores.masked_fill(~mask[:, :, None], torch.finfo(scores.dtype).min)
+        least = torch.finfo(placed.dtype).min
+        if self.training:  # three quarters of a training batch are padding, so only real events are computed
+            scores = placed.new_full((*mask.shape, self.heads.out_features), least)
+            scores[mask] = self.heads(torch.tanh(self.hidden(placed[mask])))  # (B, L, K)
+        else:  # the same in fixed shapes, for the export
+            scores = self.heads(torch.tanh(self.hidden(placed))).masked_fill(~mask[:, :, None], least)
         routing = scores.transpose(1, 2).softmax(2)  # (B, K, L)
         return routing @ (vectors * mask[:, :, None]), routing
 

@@ -21,7 +21,7 @@ class Teacher(nn.Module):
         for name, tensor in text.items():
             self.register_buffer(name, tensor, persistent=False)  # rebuilt from the stage folders, not checkpointed
         self.projection = nn.Linear(self.item_text.shape[1], args.dim, bias=False)  # shared by titles and interests
-        self.query, self.key, self.value = (nn.Linear(args.dim, args.dim, bias=False) for _ in range(3))
+        self.attention = nn.Linear(args.dim, 3 * args.dim, bias=False)  # queries, keys and values in one map
         for weight in self.parameters():
             nn.init.kaiming_normal_(weight)
         self.no_title = torch.nonzero(~self.item_has_text).squeeze(1)
@@ -30,13 +30,15 @@ class Teacher(nn.Module):
         """Explicit interests of each user's typical user, cluster (B,) -> (B, M, D) and mask (B, M)."""
         index = self.interest_index[cluster]  # (B, M), -1 where there is none
         mask = (index >= 0) & (cluster >= 0)[:, None]
-        e = self.query.weight.new_zeros(*index.shape, self.args.dim)
-        e[mask] = self.projection(self.interest_vectors[index[mask]])  # (B, M, D), Eq. 4; padded rows cost nothing
-        scores = self.query(e) @ self.key(e).transpose(1, 2) / math.sqrt(e.shape[2])  # (B, M, M), Eq. 7
+        e = self.projection(self.interest_vectors[index[mask]])  # (real interests, D), Eq. 4; padding costs nothing
+        rows = e.new_zeros(*index.shape, 4 * self.args.dim)
+        rows[mask] = torch.cat([e, self.attention(e)], 1)
+        e, query, key, value = rows.chunk(4, 2)  # (B, M, D) each
+        scores = query @ key.transpose(1, 2) / math.sqrt(e.shape[2])  # (B, M, M), Eq. 7
         scores = scores.masked_fill(~mask[:, None], torch.finfo(e.dtype).min)
         # The attention adds to each interest what the others say. Without the sum, the value map first has to learn to give
         # back what the projection already knows: on Beauty the semantic loss stays higher (.68 against .65).
-        return e + scores.softmax(2) @ self.value(e), mask
+        return e + scores.softmax(2) @ value, mask
 
     def forward(self, implicit, target, target_id_vector, cluster):
         """Loss terms of both tasks, dict of scalars.
@@ -73,6 +75,7 @@ def load_text(stage, args, n_items):
     Raises UserError if the stages' outputs do not fit together or no item has a title.
     """
     encoded, clusters, interests = (stage.input(s) for s in ("02_encode_text", "03_cluster_users", "05_encode_interests"))
+    stage.input("04_infer_interests", optional=True)  # the labels' texts, see save_labels
     item_text = load_array(encoded / "item_text.npy")
     vectors = load_array(interests / "interest_vectors.npy")
     offsets = load_array(interests / "interest_offsets.npy")
