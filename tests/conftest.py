@@ -1,8 +1,9 @@
 """Fixtures that several test files use."""
 import importlib.util
+import os
+import shutil
 import subprocess
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "stages"))
 
-from eimf.artifacts import Stage, save_array, save_json, save_lines  # noqa: E402
+from eimf.artifacts import save_array  # noqa: E402
+from tiny import finished_stage, write_dataset  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -66,31 +68,14 @@ TRAIN_FLAGS = ["--dim", "16", "--max-iterations", "60", "--validate-every", "10"
 def tiny(tmp_path_factory):
     """A data folder with finished stages 01, 02, 03 and 05 of 200 users in 4 groups that click within their group."""
     root, rng = tmp_path_factory.mktemp("tiny"), np.random.default_rng(0)
-
-    def stage(name, fill):
-        s = Stage(name, Namespace(data_dir=root, dataset="tiny"))
-        fill(s.begin())
-        s.finish()
-
-    lengths = rng.integers(5, 15, N_USERS)
-    group = rng.integers(0, 4, N_USERS)
-    items = np.concatenate([1 + group[u] * 15 + rng.integers(0, 15, n) for u, n in enumerate(lengths)]).astype(np.int32)
-    split = np.repeat([0, 1, 2], [160, 20, 20]).astype(np.uint8)
-
-    def preprocess(folder):
-        save_array(folder / "sequence_items.npy", items)
-        save_array(folder / "sequence_times.npy", np.arange(len(items)))
-        save_array(folder / "sequence_offsets.npy", np.concatenate([[0], np.cumsum(lengths)]))
-        save_array(folder / "split.npy", split)
-        save_lines(folder / "items.jsonl", [{"item": i, "id": f"I{i}", "title": f"item {i}", "categories": [], "brand": None}
-                                            for i in range(1, N_ITEMS + 1)])
-        save_lines(folder / "users.txt", [f"U{u}" for u in range(N_USERS)])
-        save_json(folder / "stats.json", {"users": N_USERS, "items": N_ITEMS, "interactions": len(items), "split": "random"})
+    histories = [(1 + rng.integers(0, 4) * 15 + rng.integers(0, 15, rng.integers(5, 15))).tolist() for _ in range(N_USERS)]
+    split = np.repeat([0, 1, 2], [160, 20, 20])
+    write_dataset(root, [{"title": f"item {i}"} for i in range(1, N_ITEMS + 1)], histories, split)
 
     def encode(folder):
-        text = rng.standard_normal((N_ITEMS + 1, TEXT_DIM)).astype(np.float32)
         has = np.ones(N_ITEMS + 1, bool)
         has[[0, 7, 8]] = False
+        text = rng.standard_normal((N_ITEMS + 1, TEXT_DIM)).astype(np.float32)
         save_array(folder / "item_text.npy", np.where(has[:, None], text, 0))
         save_array(folder / "item_has_text.npy", has)
 
@@ -102,9 +87,8 @@ def tiny(tmp_path_factory):
         save_array(folder / "interest_vectors.npy", rng.standard_normal((counts.sum(), TEXT_DIM)).astype(np.float32))
         save_array(folder / "interest_offsets.npy", np.concatenate([[0], np.cumsum(counts)]))
 
-    for name, fill in (("01_preprocess", preprocess), ("02_encode_text", encode), ("03_cluster_users", cluster),
-                       ("05_encode_interests", interests)):
-        stage(name, fill)
+    for name, write in (("02_encode_text", encode), ("03_cluster_users", cluster), ("05_encode_interests", interests)):
+        finished_stage(root, "tiny", name, write)
     return root
 
 
@@ -122,3 +106,30 @@ def finished(train):
     done, folder = train("--eimf")
     assert done.returncode == 0, done.stderr
     return folder / "remi-eimf-s0"
+
+
+@pytest.fixture(scope="session")
+def checkout(tmp_path_factory, root):
+    """A copy of the repository's tracked files."""
+    folder = tmp_path_factory.mktemp("checkout") / "eimf"
+    files = subprocess.run(["git", "ls-files", "-z"], cwd=root, capture_output=True, text=True, check=True).stdout.split("\0")
+    for file in filter(None, files):
+        if (root / file).is_file():
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(root / file, folder / file)
+    return folder
+
+
+def run_all(checkout, *arguments, timeout=1500):
+    """run_all.sh within the environment the tests run in."""
+    environment = os.environ | {"VIRTUAL_ENV": sys.prefix}
+    return subprocess.run(["bash", "run_all.sh", *map(str, arguments)], cwd=checkout, env=environment, capture_output=True,
+                          text=True, timeout=timeout, stdin=subprocess.DEVNULL)
+
+
+@pytest.fixture(scope="session")
+def sample(checkout):
+    """The checkout after `bash run_all.sh`, and what that printed."""
+    done = run_all(checkout)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return checkout, done.stdout

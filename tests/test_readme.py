@@ -1,0 +1,147 @@
+"""Every command that the README quotes is run here, and its results block is what the result files give."""
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import requests
+
+from chat_server import GOOD, ChatServer
+from eimf.artifacts import load_json
+from tiny import make_tiny_bert
+
+
+def commands(root):
+    """The README's commands, comments stripped."""
+    blocks = re.findall(r"```bash\n(.*?)```", (root / "README.md").read_text(encoding="utf-8"), re.S)
+    return [re.sub(r"\s{2,}#.*", "", line).strip() for block in blocks for line in block.splitlines() if line.strip()]
+
+
+def test_the_results_block_is_what_the_files_give(run_script):
+    done = run_script("data/make_results.py", "--check")
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_sample_files_of_the_layout_exist(root):
+    for name in re.findall(r"`(\w+\.py)`", (root / "README.md").read_text(encoding="utf-8")):
+        assert list(root.glob(f"*/{name}")), f"README names {name}"
+
+
+def test_make_results_renders_and_checks(root, tmp_path, run_script, load_script):
+    """A changed number is noticed, and the verdict follows the interval."""
+    module = load_script("data/make_results.py")
+    entry = {"seeds": [0, 1], "mean": dict.fromkeys(module.COLUMNS, .25), "sd": dict.fromkeys(module.COLUMNS, .01)}
+    difference = {"model": "remi-eimf", "against": "remi", "recall@50": .02, "low": .01, "high": .03, "seeds": 2}
+    summary = {"split": "file-order", "models": {"remi": entry, "remi-eimf": entry}, "differences": [difference]}
+    module.ROOT = tmp_path
+    (tmp_path / "README.md").write_text(f"a\n{module.BEGIN}\nold\n{module.END}\nz\n")
+    (tmp_path / "data" / "results").mkdir(parents=True)
+    source = tmp_path / "data" / "Beauty-file-order" / "07_evaluate"
+    source.mkdir(parents=True)
+    (source / "summary.json").write_text(module.json.dumps(summary))
+    module.main(["--data-dir", str(tmp_path / "data")])
+    text = (tmp_path / "README.md").read_text()
+    assert "| remi-eimf | 2 | 0.2500 ± 0.0100 |" in text and "*paper, remi-eimf*" in text and "**better**" in text
+    assert text.startswith("a\n") and text.endswith("z\n") and "old" not in text
+    for low, high, verdict in ((-.01, .03, "no significant difference"), (-.03, -.01, "worse")):
+        difference |= {"low": low, "high": high}
+        (tmp_path / "data/results/Beauty-file-order.json").write_text(module.json.dumps(summary))
+        assert f"**{verdict}**" in module.render(tmp_path / "data/results")
+    with pytest.raises(SystemExit) as stop:
+        module.main(["--check"])
+    assert "differs" in str(stop.value.code)
+
+
+@pytest.mark.slow
+def test_every_command_runs(sample, root, tmp_path, shared):
+    """In order, in a copy where the sample was run; placeholders are filled in, long runs cut short where it says so."""
+    folder, _ = sample
+    environment = os.environ | {"VIRTUAL_ENV": sys.prefix, "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}", "OPENAI_API_KEY": "sk-test"}
+    make_tiny_bert(folder / "path/to/model", ["pen", "mug"])
+    rng = np.random.default_rng(0)
+    rows = [f"c{u},s{i},{1_600_000_000 + t},{['pen', 'mug'][i % 2]} number {i}" for u in range(120)
+            for t, i in enumerate(rng.choice(np.arange(u % 2, 40, 2), 8, replace=False))]
+    (folder / "clicks.csv").write_text("\n".join(["customer,sku,ts,title", *rows]) + "\n")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = None
+    with ChatServer(lambda number, body: GOOD) as chat:
+        filled = {"DIR": str(shared / "data/raw"), "http://localhost:8000/v1": chat.url, "localhost:8000": f"127.0.0.1:{port}"}
+        try:
+            for command in commands(root):
+                run = command
+                for placeholder, value in filled.items():
+                    run = run.replace(placeholder, value)
+                if run == "bash run_all.sh":
+                    continue  # the fixture ran it
+                if run.startswith("bash tests/run.sh"):
+                    run += " --collect-only -q"  # the tests cannot run themselves
+                elif run.startswith("bash run_all.sh --dataset Beauty"):
+                    run += " --stop-stage 1"  # hours; test_pipeline runs the rest on Office
+                elif run == "python data/make_results.py":
+                    run += " --check"  # the copy's few results must not replace the README's
+                elif "--serve" in run:
+                    server = subprocess.Popen([*run.split(), "--port", str(port)], cwd=folder, env=environment,
+                                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                    wait_for(f"http://127.0.0.1:{port}/health")
+                    continue
+                done = subprocess.run(["bash", "-euo", "pipefail", "-c", run], cwd=folder, env=environment, capture_output=True,
+                                      text=True, timeout=600, stdin=subprocess.DEVNULL)
+                assert done.returncode == 0, f"{command}\n{done.stdout[-1500:]}\n{done.stderr[-1500:]}"
+                if "curl" in run:
+                    answer = json.loads(done.stdout)
+                    assert len(answer["items"]) == 5 and not answer["unknown_items"], answer
+        finally:
+            if server:
+                server.send_signal(signal.SIGTERM)
+                server.wait(timeout=30)
+    assert load_json(folder / "data/shop/04_infer_interests/usage.json")["llm"] == "openai"
+
+
+def wait_for(url):
+    for _ in range(300):
+        try:
+            if requests.get(url, timeout=1).ok:
+                return
+        except requests.ConnectionError:
+            time.sleep(.2)
+    pytest.fail(f"{url} does not answer")
+
+
+def test_misuse_exits_2_with_usage_and_prompts_for_nothing(root):
+    for arguments in (["--bogus"], ["--seeds"], ["--seeds", "x"], ["--stage", "nine"], ["--split", "half"]):
+        done = subprocess.run(["bash", "run_all.sh", *arguments], cwd=root, capture_output=True, text=True,
+                              stdin=subprocess.DEVNULL, timeout=60)
+        assert done.returncode == 2 and "usage: bash run_all.sh" in done.stderr, (arguments, done)
+
+
+def test_stage_names_and_numbers(root):
+    for name in ("3", "03", "03_cluster_users", "cluster_users"):
+        done = subprocess.run(["bash", "-c", f'source <(sed -n "/^number()/,/^}}/p" run_all.sh); number {name}'], cwd=root,
+                              capture_output=True, text=True, timeout=60)
+        assert done.stdout.strip() == "3", (name, done)
+
+
+def test_missing_tools_get_one_sentence(root, tmp_path):
+    """No compiler, and a Python without headers: one line that says what to install."""
+    home = tmp_path / "environment"
+    (home / "bin").mkdir(parents=True)
+    (home / "bin/python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (home / "bin/python").chmod(0o755)
+    cases = [({"CXX": "no-such-compiler"}, "no C++ compiler was found; install one")]
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare/bin").mkdir()
+    (tmp_path / "bare/bin/python").write_text("#!/bin/sh\necho /nowhere/include\n")
+    (tmp_path / "bare/bin/python").chmod(0o755)
+    cases.append(({"VIRTUAL_ENV": str(tmp_path / "bare")}, "/nowhere/include/Python.h is missing; install Python's headers"))
+    for change, message in cases:
+        done = subprocess.run(["bash", "run_all.sh", "--setup-only", "pipeline"], cwd=root, capture_output=True, text=True, timeout=60,
+                              env=os.environ | {"VIRTUAL_ENV": str(home)} | change)
+        assert done.returncode == 1 and message in done.stderr and len(done.stderr.splitlines()) == 1, done
