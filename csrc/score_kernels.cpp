@@ -111,7 +111,7 @@ EIMF_TARGET_END
 
 #if EIMF_ARM
 namespace neon {
-static inline unsigned above(float32x4_t x, float32x4_t y) {
+static inline unsigned greater_mask(float32x4_t x, float32x4_t y) {
     const uint32x4_t bits = {1, 2, 4, 8};
     return vaddvq_u32(vandq_u32(vcgtq_f32(x, y), bits));
 }
@@ -125,7 +125,7 @@ static inline unsigned above(float32x4_t x, float32x4_t y) {
 #define MAX(a, b) vmaxq_f32(a, b)
 #define MIN(a, b) vminq_f32(a, b)
 #define IF_EQUAL(x, y, a, b) vbslq_f32(vceqq_f32(x, y), a, b)
-#define ABOVE(x, y) above(x, y)
+#define ABOVE(x, y) greater_mask(x, y)
 #define PACK8 0
 #include "score_kernels.inc"
 }  // namespace neon

@@ -287,6 +287,14 @@ def test_two_processes_share_a_cache(tmp_path, bert):
     assert (vectors[0] == vectors[1]).all() and vectors[0][1:].any(axis=1).all()
 
 
+def test_the_first_writer_of_a_key_wins(bert, tmp_path):
+    """Two processes that encode one text at once go on with the same bits."""
+    caches = [TextEncoder(str(bert), device="cpu", cache=tmp_path).cache for _ in range(2)]
+    first, second = np.full(32, 0.25, np.float32), np.full(32, 0.5, np.float32)
+    assert (caches[0].write({b"key": first})[b"key"] == first).all()
+    assert (caches[1].write({b"key": second})[b"key"] == first).all()
+
+
 def write_interests(tmp_path, rows):
     finished_stage(tmp_path, "tiny", "04_infer_interests", lambda folder: save_lines(folder / "interests.jsonl", rows))
 

@@ -1,0 +1,222 @@
+// Exercises the whole C API; built and run under sanitizers by test_core_native.py. Exits 1 at the first wrong answer.
+// `check quick` takes smaller sizes, for emulators.
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "eimf.h"
+
+#define CHECK(condition) \
+    do { \
+        if (!(condition)) { \
+            std::fprintf(stderr, "%s:%d: not true: %s\n", __FILE__, __LINE__, #condition); \
+            std::exit(1); \
+        } \
+    } while (0)
+
+namespace {
+
+std::vector<float> normal(size_t size, unsigned seed) {
+    std::mt19937 generator(seed);
+    std::normal_distribution<float> draw;
+    std::vector<float> values(size);
+    for (float &value : values) value = draw(generator);
+    return values;
+}
+
+// Points around `centres` centres in d dimensions.
+std::vector<float> blobs(size_t n, size_t d, size_t centres, unsigned seed) {
+    const std::vector<float> centre = normal(centres * d, seed), noise = normal(n * d, seed + 1);
+    std::vector<float> x(n * d);
+    for (size_t i = 0; i < n; ++i)
+        for (size_t t = 0; t < d; ++t) x[i * d + t] = 5 * centre[(i * 7919 % centres) * d + t] + noise[i * d + t];
+    return x;
+}
+
+struct TopN {
+    std::vector<int64_t> ids;
+    std::vector<float> scores;
+    std::vector<int32_t> interest;
+    bool operator==(const TopN &o) const {
+        return ids == o.ids && interest == o.interest && std::memcmp(scores.data(), o.scores.data(), scores.size() * 4) == 0;
+    }
+};
+
+TopN top_n(bool reference, size_t users, size_t k, size_t d, size_t n_items, size_t n, const eimf_top_n_options &options) {
+    const std::vector<float> interests = normal(users * k * d, 1), items = normal(n_items * d, 2);
+    TopN out{std::vector<int64_t>(users * n), std::vector<float>(users * n), std::vector<int32_t>(users * n)};
+    eimf_error error;
+    const eimf_status status = (reference ? eimf_top_n_reference : eimf_top_n)(interests.data(), users, k, d, items.data(), n_items, n, &options,
+                                                                               out.ids.data(), out.scores.data(), out.interest.data(), &error);
+    CHECK(status == EIMF_OK && error.message[0] == 0);
+    return out;
+}
+
+void check_top_n(bool quick) {
+    for (const size_t d : quick ? std::vector<size_t>{1, 9} : std::vector<size_t>{1, 7, 8, 9, 16, 65})
+        for (const size_t k : {1, 3, 4, 17})
+            for (const size_t n_items : quick ? std::vector<size_t>{49, 100} : std::vector<size_t>{1, 47, 49, 500})
+                for (const int kernel : {EIMF_KERNEL_AUTO, EIMF_KERNEL_SCALAR, EIMF_KERNEL_AVX2, EIMF_KERNEL_AVX512, EIMF_KERNEL_NEON}) {
+                    if (!eimf_kernel_name(static_cast<eimf_kernel>(kernel))) continue;
+                    std::vector<int64_t> start, excluded;
+                    std::vector<uint8_t> allowed(n_items, 1);
+                    for (size_t u = 0; u <= 9; ++u) start.push_back(static_cast<int64_t>(u * 3));
+                    for (size_t e = 0; e < 27; ++e) excluded.push_back(static_cast<int64_t>(e * 31 % n_items));
+                    for (size_t i = 0; i < n_items; i += 5) allowed[i] = 0;
+                    eimf_top_n_options options = eimf_top_n_defaults();
+                    options.kernel = static_cast<eimf_kernel>(kernel);
+                    options.exclude_indptr = start.data();
+                    options.exclude_indices = excluded.data();
+                    options.allowed = allowed.data();
+                    const TopN expected = top_n(true, 9, k, d, n_items, 20, options);
+                    for (const size_t threads : {1, 2, 7}) {
+                        options.n_threads = threads;
+                        CHECK(top_n(false, 9, k, d, n_items, 20, options) == expected);
+                    }
+                }
+}
+
+struct Clusters {
+    std::vector<int64_t> exemplars, labels;
+    eimf_ap_result result{};
+    eimf_status status = EIMF_OK;
+    eimf_error error{};
+};
+
+Clusters cluster(const std::vector<float> &x, size_t n, double preference, const eimf_ap_options &options) {
+    Clusters c;
+    c.exemplars.resize(n);
+    c.labels.resize(n);
+    c.status = eimf_affinity_propagation(x.data(), n, x.size() / n, &preference, 1, &options, c.exemplars.data(), c.labels.data(), &c.result, &c.error);
+    c.exemplars.resize(c.result.n_exemplars);
+    return c;
+}
+
+void check_affinity_propagation(size_t points) {
+    const std::vector<float> x = blobs(points, 6, 12, 3);
+    for (const double preference : {-20.0, -300.0, -20000.0}) {  // short lists; longer ones; explicit messages
+        eimf_ap_options options = eimf_ap_defaults();
+        options.damping = 0.8;
+        options.max_iter = 400;
+        options.n_threads = 1;
+        const Clusters one = cluster(x, points, preference, options);
+        CHECK(one.status == EIMF_OK && one.result.converged && one.result.n_exemplars >= 1);
+        for (const size_t threads : {2, 7}) {
+            options.n_threads = threads;
+            const Clusters many = cluster(x, points, preference, options);
+            CHECK(many.labels == one.labels && many.exemplars == one.exemplars && many.result.net_similarity == one.result.net_similarity);
+        }
+        for (size_t k = 0; k < one.exemplars.size(); ++k) CHECK(one.labels[one.exemplars[k]] == static_cast<int64_t>(k));
+    }
+
+    const size_t n = 80;
+    std::vector<float> s = normal(n * n, 5);
+    for (float &value : s) value = -value * value;
+    const double preference = -1.5;
+    eimf_ap_options options = eimf_ap_defaults();
+    options.damping = 0.8;
+    options.max_iter = 1000;
+    std::vector<int64_t> exemplars(n), labels(n), expected_exemplars(n), expected(n), indptr(n + 1), indices(n * n);
+    eimf_ap_result result, expected_result;
+    CHECK(eimf_affinity_propagation_reference(s.data(), n, &preference, 1, &options, expected_exemplars.data(), expected.data(), &expected_result, nullptr) == EIMF_OK);
+    CHECK(eimf_affinity_propagation_precomputed(s.data(), n, &preference, 1, &options, exemplars.data(), labels.data(), &result, nullptr) == EIMF_OK);
+    CHECK(expected_result.converged && result.n_iter == expected_result.n_iter && labels == expected);
+    for (size_t i = 0; i <= n; ++i) indptr[i] = static_cast<int64_t>(i * n);
+    for (size_t e = 0; e < n * n; ++e) indices[e] = static_cast<int64_t>(e % n);
+    CHECK(eimf_affinity_propagation_sparse(indptr.data(), indices.data(), s.data(), n, &preference, 1, &options, exemplars.data(), labels.data(), &result, nullptr) == EIMF_OK);
+    CHECK(labels == expected);
+}
+
+// An allocator that fails from the `left`-th allocation on, and counts what is held.
+struct Failing {
+    std::atomic<long> left;
+    std::atomic<long> held{0};
+    static void *allocate(void *context, size_t bytes) {
+        Failing *self = static_cast<Failing *>(context);
+        if (self->left.fetch_sub(1) <= 0) return nullptr;
+        ++self->held;
+        return std::malloc(bytes);
+    }
+    static void release(void *context, void *memory, size_t) {
+        --static_cast<Failing *>(context)->held;
+        std::free(memory);
+    }
+};
+
+void check_allocation_failures(size_t points) {
+    const std::vector<float> x = blobs(points, 3, 2, 7), interests = normal(70 * 4 * 5, 1), items = normal(300 * 5, 2);
+    std::vector<int64_t> ids(70 * 10);
+    std::vector<float> scores(70 * 10);
+    std::vector<int32_t> interest(70 * 10);
+    size_t failures = 0;
+    for (long allowed = 0;; allowed = allowed < 30 ? allowed + 1 : allowed * 5 / 4) {
+        Failing failing{{allowed}};
+        eimf_ap_options options = eimf_ap_defaults();
+        options.damping = 0.8;
+        options.n_threads = 3;
+        options.allocator = {Failing::allocate, Failing::release, &failing};
+        const Clusters c = cluster(x, points, -5000, options);
+        CHECK(failing.held == 0);
+        Failing other{{allowed}};
+        eimf_top_n_options top = eimf_top_n_defaults();
+        top.n_threads = 3;
+        top.allocator = {Failing::allocate, Failing::release, &other};
+        const eimf_status status = eimf_top_n(interests.data(), 70, 4, 5, items.data(), 300, 10, &top, ids.data(), scores.data(), interest.data(), nullptr);
+        CHECK(other.held == 0);
+        CHECK(status == EIMF_OK || status == EIMF_ERROR_MEMORY);
+        if (c.status == EIMF_OK && status == EIMF_OK) break;
+        CHECK(c.status == EIMF_OK || (c.status == EIMF_ERROR_MEMORY && std::strstr(c.error.message, "could not allocate")));
+        ++failures;
+    }
+    CHECK(failures > 10);
+}
+
+void check_interrupt_and_errors() {
+    const std::vector<float> x = blobs(300, 3, 5, 9);
+    eimf_ap_options options = eimf_ap_defaults();
+    options.progress = [](void *, size_t iteration, size_t) { return iteration == 4 ? 1 : 0; };
+    CHECK(cluster(x, 300, -50, options).status == EIMF_ERROR_INTERRUPTED);
+    options = eimf_ap_defaults();
+    options.damping = 2;
+    CHECK(cluster(x, 300, -50, options).status == EIMF_ERROR_ARGUMENT);
+    CHECK(std::strcmp(eimf_status_text(EIMF_ERROR_MEMORY), "not enough memory") == 0);
+    CHECK(eimf_top_n(nullptr, 2, 1, 1, x.data(), 1, 1, nullptr, nullptr, nullptr, nullptr, nullptr) == EIMF_ERROR_ARGUMENT);
+}
+
+void check_concurrent_calls() {
+    const std::vector<float> x = blobs(300, 3, 5, 9);
+    eimf_ap_options options = eimf_ap_defaults();
+    options.n_threads = 2;
+    const Clusters expected = cluster(x, 300, -50, options);
+    std::vector<std::thread> threads;
+    for (int t = 0; t < 4; ++t) threads.emplace_back([&] { CHECK(cluster(x, 300, -50, options).labels == expected.labels); });
+    for (std::thread &thread : threads) thread.join();
+}
+
+void check_diversify() {
+    const int64_t ids[] = {0, 1, 2, -1};
+    const float scores[] = {3, 2, 1, 0};
+    const int32_t category[] = {7, 7, 8};
+    int64_t chosen[4];
+    float chosen_scores[4];
+    CHECK(eimf_diversify(ids, scores, 1, 4, category, 3, 4, 5.0f, 2, chosen, chosen_scores, nullptr) == EIMF_OK);
+    CHECK(chosen[0] == 0 && chosen[1] == 2 && chosen[2] == 1 && chosen[3] == -1);
+}
+
+}  // namespace
+
+int main(int argc, char **argv) {
+    const bool quick = argc > 1 && std::strcmp(argv[1], "quick") == 0;
+    check_top_n(quick);
+    check_affinity_propagation(quick ? 300 : 1500);
+    check_allocation_failures(quick ? 60 : 400);
+    check_interrupt_and_errors();
+    check_concurrent_calls();
+    check_diversify();
+    std::puts("all checks passed");
+    return 0;
+}

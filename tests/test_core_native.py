@@ -1,0 +1,88 @@
+"""The C and C++ side: CMake package, examples, the C API under sanitizers, and the Arm build."""
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+CSRC = ROOT / "csrc"
+SOURCES = sorted(str(path) for path in CSRC.glob("*.cpp") if path.name != "bindings.cpp")
+FLAGS = ["-std=c++17", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{CSRC}"]
+
+RECOMMEND = "item 1, score 0.80, interest 1\nitem 3, score 0.70, interest 1\nitem 2, score 0.50, interest 0\n"
+CLUSTER = "3 clusters, converged, net similarity -66.0\n" + "".join(f"point {i} -> exemplar {i // 3 * 3}\n" for i in range(9))
+
+
+def command(*words, **options):
+    run = subprocess.run([str(word) for word in words], capture_output=True, text=True, **options)
+    assert run.returncode == 0, f"{' '.join(map(str, words))}\n{run.stdout}{run.stderr}"
+    return run.stdout
+
+
+def tool(name):
+    path = shutil.which(name)
+    if path is None:
+        pytest.skip(f"{name} is not installed")
+    return path
+
+
+def run_examples(build):
+    assert command(build / "recommend") == RECOMMEND
+    assert command(build / "cluster") == CLUSTER
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shared", ["OFF", "ON"])
+def test_examples_against_the_installed_package(tmp_path, shared):
+    cmake = tool("cmake")
+    command(cmake, "-S", CSRC, "-B", tmp_path / "build", f"-DBUILD_SHARED_LIBS={shared}")
+    command(cmake, "--build", tmp_path / "build", "-j2")
+    command(cmake, "--install", tmp_path / "build", "--prefix", tmp_path / "prefix")
+    assert (tmp_path / "prefix" / "include" / "eimf.h").is_file()
+    command(cmake, "-S", CSRC / "examples", "-B", tmp_path / "examples", f"-DCMAKE_PREFIX_PATH={tmp_path / 'prefix'}")
+    command(cmake, "--build", tmp_path / "examples")
+    run_examples(tmp_path / "examples")
+
+
+@pytest.mark.slow
+def test_examples_by_fetch_content(tmp_path):
+    cmake = tool("cmake")
+    command(cmake, "-S", CSRC / "examples", "-B", tmp_path, f"-DEIMF_SOURCE={CSRC}")
+    command(cmake, "--build", tmp_path, "-j2")
+    run_examples(tmp_path)
+
+
+def test_examples_without_cmake(tmp_path):
+    """As an embedder without CMake does: compile the sources beside the program."""
+    compiler = tool("c++")
+    for path in SOURCES:
+        command(compiler, *FLAGS, "-O1", "-c", path, "-o", tmp_path / (Path(path).stem + ".o"))
+    objects = sorted(tmp_path.glob("*.o"))
+    command(tool("cc"), "-std=c99", "-pedantic-errors", "-Wall", "-Wextra", "-Werror", f"-I{CSRC}", "-c", CSRC / "examples" / "recommend.c",
+            "-o", tmp_path / "recommend-main.o")
+    command(compiler, tmp_path / "recommend-main.o", *objects, "-pthread", "-o", tmp_path / "recommend")
+    command(compiler, *FLAGS, CSRC / "examples" / "cluster.cpp", *objects, "-o", tmp_path / "cluster")
+    run_examples(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+def test_c_api_under_sanitizers(tmp_path, sanitizer):
+    compiler = tool("c++")
+    probe = tmp_path / "probe.cpp"
+    probe.write_text("int main() { return 0; }\n")
+    flags = [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
+    if subprocess.run([compiler, *flags, probe, "-o", tmp_path / "probe"], capture_output=True).returncode:
+        pytest.skip(f"{compiler} has no {sanitizer} sanitizer")
+    command(compiler, *FLAGS, *flags, "-g", "-O2", *SOURCES, ROOT / "tests" / "core_check.cpp", "-o", tmp_path / "check")
+    assert command(tmp_path / "check") == "all checks passed\n"
+
+
+@pytest.mark.slow
+def test_arm_build(tmp_path):
+    """Compiles for aarch64 where a cross compiler is installed, and runs under qemu-user where that is."""
+    command(tool("aarch64-linux-gnu-g++"), *FLAGS, "-O2", "-static", *SOURCES, ROOT / "tests" / "core_check.cpp", "-o", tmp_path / "check")
+    qemu = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
+    if qemu:
+        assert command(qemu, tmp_path / "check", "quick") == "all checks passed\n"
