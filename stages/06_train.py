@@ -75,7 +75,7 @@ def parse(argv):
     add("--no-alignment", action="store_true", help="ablation: without Eq. 10-12")
     add("--max-iterations", type=int, default=20000, help="training steps at most")
     add("--validate-every", type=int, default=200, help="steps between validations (paper: 200)")
-    add("--patience", type=int, default=20, help="validations without a better Recall@50 before stopping")
+    add("--patience", type=int, default=10, help="validations without a better Recall@50 before stopping")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--threads", type=int, default=0, help="CPU threads; 0 means all cores")
     args = parser.parse_args(argv)

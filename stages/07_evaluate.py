@@ -174,10 +174,10 @@ def write_report(folder, name, result, log, stats, spread):
     paper, rows = published(stats)
     comparable = stats["split"] == "file-order" and not result["remove_seen"]
     beside = {f"paper, {m}": rows[m] for m in dict.fromkeys((model, "remi", "remi-eimf")) if m in rows} if comparable else {}
-    columns = [c for c in result["test"] if c != "users"]
-    table = [[part, *(f"{result[part][c]:.4f}" for c in columns)] for part in ("test", "valid")]
-    table += [[label, *(f"{row[c]:.4f}" if c in row else "" for c in columns)] for label, row in beside.items()]
-    header = ["", *(c.replace("ndcg_published", "ndcg (set order)") for c in columns)]
+    sources = {"test": result["test"], "valid": result["valid"], **beside}
+    header = ["", *sources]
+    table = [[metric.replace("ndcg_published", "ndcg (set order)"), *(f"{row[metric]:.4f}" if metric in row else "" for row in sources.values())]
+             for metric in result["test"] if metric != "users"]
     notes = [f"Data: {stats['users']} users, {stats['items']} items, {stats['interactions']} interactions; split {stats['split']}; "
              f"{result['test']['users']} test users.",
              "ndcg (set order) repeats the published computation, which loses the rank order; it only serves to compare with "

@@ -68,7 +68,7 @@ def plot_training(log, best_iteration):
     for colour, name in zip(COLOURS, log[0]["loss"]):
         left.plot(steps, [entry["loss"][name] for entry in log], color=colour, label=name.replace("_", " "))
     left.set(xlabel="iteration", ylabel="loss term, as weighted in the total", yscale="log")
-    left.legend(frameon=False, fontsize=8)
+    left.legend(frameon=False, fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(.5, 1))
     right.plot(steps, [entry["valid"]["recall@50"] for entry in log], color=COLOURS[0])
     right.axvline(best_iteration, color="#666", linestyle="--", linewidth=1)
     right.set(xlabel="iteration", ylabel="validation Recall@50", ylim=(0, None))
@@ -86,7 +86,7 @@ def plot_metrics(metrics, published, label):
         bars = axis.bar(at + n * width, [row.get(k, 0) for k in names], width * .92, color=COLOURS[n % len(COLOURS)], label=name)
         axis.bar_label(bars, fmt="%.3f", fontsize=7)
     axis.set_xticks(at + width * len(published) / 2, ["Recall@20", "Recall@50", "HR@20", "HR@50"])
-    axis.legend(frameon=False, fontsize=8)
+    axis.legend(frameon=False, fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(.5, 1))
     return figure(fig, "Test metrics" + (" beside the published ones." if published else "."))
 
 
