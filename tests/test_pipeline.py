@@ -125,3 +125,27 @@ def test_office_with_recorded_answers(checkout, shared):
     assert min(recall["remi"], recall["remi-eimf"]) > 2 * recall["pop"] > 0, recall
     report = (data / "07_evaluate/remi-eimf-s0/report.html").read_text()
     assert "paper, remi-eimf" in report and "0.2296" in report
+
+
+@pytest.mark.slow
+def test_leave_one_out_hides_the_last_two_events_everywhere(sample):
+    """Every user is trained on, but text vectors, prompts and training see only the prefix; one target per user."""
+    checkout, _ = sample
+    done = run_all(checkout, "--split", "leave-one-out", "--train-args", "--max-iterations 100")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    data = checkout / "data/sample-leave-one-out"
+    interactions = load_interactions(data / "01_preprocess")
+    offsets, items = interactions.offsets, interactions.items
+    text, user_text = (np.load(data / "02_encode_text" / f"{n}_text.npy") for n in ("item", "user"))
+    has = np.load(data / "02_encode_text/item_has_text.npy")
+    for user in range(0, interactions.n_users, 97):
+        prefix = items[offsets[user]:offsets[user + 1] - 2]
+        prefix = prefix[has[prefix]]
+        np.testing.assert_allclose(user_text[user], text[prefix].mean(0) if len(prefix) else 0, atol=1e-5)
+    seen = np.load(data / "04_infer_interests/seen_events.npy")
+    typical = np.load(data / "03_cluster_users/typical_users.npy")
+    assert (seen[:, 1] <= offsets[typical + 1] - 2).all() and (seen[:, 0] >= offsets[typical]).all()
+    metrics = load_json(data / "07_evaluate/remi-eimf-s0/metrics.json")
+    assert metrics["test"]["users"] == interactions.n_users and metrics["split"] == "leave-one-out"
+    values = np.load(data / "07_evaluate/remi-eimf-s0/test_values.npy")[:, metrics["columns"].index("recall@20")]
+    assert set(np.unique(values)) == {0, 1}  # one target: found or not
