@@ -199,7 +199,7 @@ def estimate(prompts, journal, args):
 def main(argv=None):
     args = parse_arguments(argv)
     parts = ["partition" if args.task == "partition" else "", "shard-" + args.shard.replace("/", "-of-") if args.shard else ""]
-    stage = Stage("04_infer_interests", args, run="/".join(filter(None, parts)) or None)
+    stage = Stage("04_infer_interests", args, run="-".join(filter(None, parts)) or None)
     source = stage.input("01_preprocess")
     typical = stage.input("03_cluster_users") / "typical_users.npy" if args.users == "typical" else None
     template = PROMPTS[args.task]
@@ -224,8 +224,8 @@ def main(argv=None):
     if args.llm == "local" and not args.tokenizer:
         count = backend.count
     prompts = Prompts(args, interactions, items, user_ids, typical and load_array(typical), backend.model, template, count)
-    base = stage.root / "04_infer_interests" / "partition" if args.task == "partition" else stage.root / "04_infer_interests"
-    shards = [] if args.shard else sorted(base.glob("shard-*-of-*/responses.jsonl"))
+    pattern = ("partition-" if args.task == "partition" else "") + "shard-*-of-*/responses.jsonl"
+    shards = [] if args.shard else sorted((stage.root / "04_infer_interests").glob(pattern))
     if args.dry_run or args.export_requests:
         for _ in prompts.first_pass():
             pass

@@ -716,6 +716,10 @@ def test_shards_split_the_work_and_are_joined(tmp_path):
         assert not (tmp_path / "tiny/04_infer_interests/interests.jsonl").exists()
         assert infer(tmp_path, *online(server)) == 0
     assert len(server.calls) == 32 and Counter(r["outcome"] for r in rows(tmp_path)) == {"ok": 32}
+    for i in (1, 2):
+        assert infer(tmp_path, "--task", "partition", "--shard", f"{i}/2") == 0
+    assert infer(tmp_path, "--task", "partition", "--reparse") == 0  # joins the shards' answers, asks nothing
+    assert Counter(r["source"] for r in rows(tmp_path, "partition/groups.jsonl")) == {"offline": 32}
 
 
 # ---------------------------------------------------------------- prompts of one's own, the second task
