@@ -308,7 +308,7 @@ def test_no_request_fails_while_exports_are_swapped(data, tmp_path):
 
     expected = {(200, ids(*oracle(d, [5, 40], 5, {5, 40})[0])) for d in (copy, second)}
     assert len(expected) == 2
-    with running(copy, "--reload-seconds", "0.1") as (process, port), concurrent.futures.ThreadPoolExecutor(4) as pool:
+    with running(copy, "--reload-seconds", "0.1") as (_, port), concurrent.futures.ThreadPoolExecutor(4) as pool:
         workers = [pool.submit(work) for _ in range(4)]
         for source in (second, data, second):
             # As stage 06 does it: the manifest goes first and comes back last.
