@@ -89,7 +89,7 @@ def run_stage(script, folder, *arguments, check=True, **kwargs):
     """Run a stage on the tiny data as a user does; returns the finished process."""
     command = [sys.executable, str(STAGES / script), "--data-dir", str(folder), "--dataset", "tiny", "--threads", "1",
                *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, **{"env": os.environ | {"COLUMNS": "120"}} | kwargs)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, **{"env": os.environ | {"COLUMNS": "120"}} | kwargs)
     assert not check or done.returncode == 0, f"{script} exited {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 

@@ -5,10 +5,10 @@ import shutil
 
 import numpy as np
 import pytest
-from serving import (CATEGORIES, MAX_LEN, N_ITEMS, RUN, ids, item_id, load_recommender, load_stage, make_data, oracle,
+from serving import (CATEGORIES, N_ITEMS, RUN, ids, item_id, load_recommender, load_stage, make_data, oracle,
                      rewrite_manifest, run_stage, title)
 
-from eimf.artifacts import UserError, load_json, save_json
+from eimf.artifacts import UserError, load_json, load_lines, save_json
 from eimf.recommender import Query, TitleIndex, choose_run, diversify
 
 
@@ -349,8 +349,8 @@ def test_json_lines_in_and_out(data):
 def test_exported_vectors_reproduce_the_ranking(data, tmp_path):
     run_stage("08_serve.py", data, "--export-vectors", tmp_path / "out")
     items, interests = np.load(tmp_path / "out" / "item_vectors.npy"), np.load(tmp_path / "out" / "interest_vectors.npy")
-    item_rows = [json.loads(line) for line in open(tmp_path / "out" / "items.jsonl", encoding="utf-8")]
-    interest_rows = [json.loads(line) for line in open(tmp_path / "out" / "interests.jsonl", encoding="utf-8")]
+    item_rows = load_lines(tmp_path / "out" / "items.jsonl")
+    interest_rows = load_lines(tmp_path / "out" / "interests.jsonl")
     assert [r["row"] for r in item_rows] == list(range(N_ITEMS)) and [r["row"] for r in interest_rows] == list(range(len(interests)))
     assert [r["id"] for r in item_rows] == list(ids(*range(1, N_ITEMS + 1)))
     mine = [r["row"] for r in interest_rows if r["user"] == "U3"]

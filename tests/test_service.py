@@ -62,6 +62,7 @@ def test_recommend(data, client):
     events = np.load(data / "tiny" / "01_preprocess" / "sequence_items.npy")[36:48].tolist()
     assert [i["id"] for i in user["items"]] == list(ids(*oracle(data, events, 20, set())[0])) and "interests" not in user
     assert client.post("/recommend", json={"history": []}).json()["fallback"] == "popular"
+    assert len(client.post("/recommend", json={"history": [], "k": 3.0}).json()["items"]) == 3
 
 
 def test_batch_has_an_answer_or_an_error_for_each_element(client):
@@ -117,10 +118,10 @@ def test_the_page_may_run_only_its_own_script(client):
     (b"\xff\xfe", 422, "invalid_request"), (b"[" * 100_000, 422, "invalid_request"), (b"{}", 422, "invalid_request"),
     (b'{"history": ["\xc3"]}', 422, "invalid_request"), (b'{"a":' * 50_000, 422, "invalid_request"),
     (b'{"history": ["\\ud800"]}', 422, "invalid_request"), (b'{"history": [1]}', 422, "invalid_request"),
-    (b'{"history": [], "user_id": "U1"}', 422, "invalid_request"), (b'{"history": [], "k": 0}', 422, "invalid_request"),
+    (b'{"history": [], "user_id": "U1"}', 422, "invalid_request"), (b'{"history": null, "user_id": "U1"}', 422, "invalid_request"), (b'{"history": [], "k": 0}', 422, "invalid_request"),
     (b'{"history": [], "k": 1e400}', 422, "invalid_request"), (b'{"history": [], "k": NaN}', 422, "invalid_request"),
     (b'{"history": [], "k": %s}' % (b"9" * 5000), 422, "invalid_request"), (b'{"history": [], "k": "3"}', 422, "invalid_request"),
-    (b'{"history": [], "k": true}', 422, "invalid_request"), (b'{"history": [], "diversity": NaN}', 422, "invalid_request"),
+    (b'{"history": [], "k": true}', 422, "invalid_request"), (b'{"history": [], "k": 2.5}', 422, "invalid_request"), (b'{"history": [], "diversity": NaN}', 422, "invalid_request"),
     (b'{"history": [], "diversity": 1.01}', 422, "invalid_request"), (b'{"history": [], "diversity": -1e-9}', 422, "invalid_request"),
     (b'{"history": [], "k": %d}' % (service.LIMITS["k"] + 1), 422, "invalid_request"), (b'{"history": [], "nope": 1}', 422, "invalid_request"),
     (b'{"history": [""]}', 422, "invalid_request"), (b'{"history": ["%s"]}' % (b"a" * 257), 422, "invalid_request"),
@@ -307,7 +308,7 @@ def test_no_request_fails_while_exports_are_swapped(data, tmp_path):
 
     expected = {(200, ids(*oracle(d, [5, 40], 5, {5, 40})[0])) for d in (copy, second)}
     assert len(expected) == 2
-    with running(copy, "--reload-seconds", "0.1") as (process, port), concurrent.futures.ThreadPoolExecutor(4) as pool:
+    with running(copy, "--reload-seconds", "0.1") as (_, port), concurrent.futures.ThreadPoolExecutor(4) as pool:
         workers = [pool.submit(work) for _ in range(4)]
         for source in (second, data, second):
             # As stage 06 does it: the manifest goes first and comes back last.

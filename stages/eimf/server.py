@@ -8,7 +8,6 @@ import os
 import resource
 import socket
 import tempfile
-import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -130,7 +129,7 @@ def answer_all(recommender, queries):
                 else KeyError(q.user) for q in queries]
     except Exception as error:
         if len(queries) == 1:
-            log.error("a query failed", exc_info=True)
+            log.exception("a query failed")
             return [error]
         return [answer_all(recommender, [q])[0] for q in queries]
 

@@ -21,7 +21,7 @@ from typing import Annotated, Any
 from fastapi import FastAPI, Request, Response
 from fastapi import Query as Parameter
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -43,13 +43,19 @@ def names(limit):
     return Annotated[list[Name], Field(max_length=LIMITS[limit])]
 
 
+def whole(value):
+    """20.0 as 20: JSON has one kind of number, and its schemas call both integers."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 class RecommendRequest(BaseModel):
     """One user: either `history` (item ids, oldest first) or `user_id` (a user of the data set with all recorded events)."""
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra={
+        "oneOf": [{"required": ["history"]}, {"required": ["user_id"]}]})
 
-    history: names("history") | None = None
-    user_id: Name | None = None
-    k: Annotated[int, Field(ge=1, le=LIMITS["k"], description="items wanted")] = 20
+    history: names("history") = Field(default_factory=list)  # what counts as given is what the request holds, so null is an error
+    user_id: Name = Field(default_factory=str)
+    k: Annotated[int, BeforeValidator(whole), Field(ge=1, le=LIMITS["k"], description="items wanted")] = 20
     exclude_seen: Annotated[bool, Field(description="leave out items of the history")] = True
     exclude_items: names("exclude_items") = []
     allow_categories: Annotated[names("allow_categories"), Field(description="only items in one of these; all if empty")] = []
@@ -59,9 +65,9 @@ class RecommendRequest(BaseModel):
 
     def query(self):
         """As a recommender's Query. Raises Refused unless exactly one of history and user_id is given."""
-        if (self.history is None) == (self.user_id is None):
+        if ("history" in self.model_fields_set) == ("user_id" in self.model_fields_set):
             raise Refused(422, "invalid_request", "give either history or user_id")
-        return Query(tuple(self.history or ()), self.user_id, self.k, self.exclude_seen, tuple(self.exclude_items),
+        return Query(tuple(self.history), self.user_id or None, self.k, self.exclude_seen, tuple(self.exclude_items),
                      tuple(self.allow_categories), self.diversity, self.explain)
 
 
@@ -181,7 +187,8 @@ def request_body(schema):
 
 ONE = RecommendRequest.model_json_schema()
 MANY = {"type": "object", "additionalProperties": False, "required": ["requests"], "properties": {
-    "requests": {"type": "array", "minItems": 1, "maxItems": LIMITS["batch"], "items": ONE}}}
+    "requests": {"type": "array", "minItems": 1, "maxItems": LIMITS["batch"], "items": {
+        "anyOf": [ONE, {"description": "anything else gets an error of its own"}]}}}}
 
 
 def errors(*statuses):
