@@ -2,6 +2,8 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <unistd.h>
+
 #include <string>
 #include <vector>
 
@@ -99,6 +101,12 @@ struct Progress {
     }
 };
 
+// A limit that turns hopeless requests into an error before the system runs out of memory. 0 if it is not known.
+size_t physical_memory() {
+    const long pages = sysconf(_SC_PHYS_PAGES), size = sysconf(_SC_PAGESIZE);
+    return pages > 0 && size > 0 ? static_cast<size_t>(pages) * static_cast<size_t>(size) : 0;
+}
+
 struct Settings {
     double damping;
     long long max_iter, convergence_iter, n_threads, memory_limit;
@@ -118,7 +126,7 @@ Clustering cluster(size_t n, const py::object &preference, const Settings &setti
     options.convergence_iter = static_cast<size_t>(settings.convergence_iter);
     options.n_threads = thread_count(settings.n_threads);
     if (settings.memory_limit < 0) throw py::value_error("memory_limit is negative; expected bytes, or 0 for no limit");
-    options.memory_limit = static_cast<size_t>(settings.memory_limit);
+    options.memory_limit = settings.memory_limit ? static_cast<size_t>(settings.memory_limit) : physical_memory();
     Progress progress{settings.progress.ptr()};
     options.progress = Progress::call;
     options.progress_context = &progress;
@@ -287,7 +295,7 @@ x: float32 (n, d) points, similarity = minus squared Euclidean distance; or floa
     row i holding how well each k would serve as i's exemplar (the diagonal is ignored).
 preference: similarity of a point to itself, a number or an array (n,); lower gives fewer clusters.
 damping, max_iter, convergence_iter: as in scikit-learn. n_threads: 0 for all cores.
-memory_limit: most bytes of work memory to take, 0 for no limit.
+memory_limit: most bytes of work memory to take, 0 for the machine's physical memory.
 progress: called as progress(iteration, exemplars) after each iteration; what it raises ends the run.
 
 Equal points are merged first and other ties decided by index, without random numbers. Returns a Clustering. Raises

@@ -21,7 +21,6 @@ import time
 
 import eimf_core
 import numpy as np
-
 from eimf.artifacts import Stage, UserError, argument_parser, load_array, run, save_array, save_json
 from eimf.data import load_interactions
 

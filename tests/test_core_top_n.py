@@ -129,7 +129,7 @@ def test_result_does_not_depend_on_the_batch():
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_random_shapes_against_the_plain_loop(data):
-    draw = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
+    draw = lambda low, high: data.draw(st.integers(low, high))
     users, k, d, n_items, n, seed = draw(1, 20), draw(1, 12), draw(1, 20), draw(0, 150), draw(0, 160), draw(0, 2**31)
     rng = np.random.default_rng(seed)
     # Small integers make many exact ties.

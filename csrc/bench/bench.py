@@ -39,10 +39,10 @@ args = parse_arguments(sys.argv[1:])
 for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):  # before the libraries are loaded
     os.environ[variable] = str(args.threads)
 
-import eimf_core  # noqa: E402
-import numpy as np  # noqa: E402
-from sklearn.cluster import affinity_propagation  # noqa: E402
-from sklearn.metrics import euclidean_distances  # noqa: E402
+import eimf_core
+import numpy as np
+from sklearn.cluster import affinity_propagation
+from sklearn.metrics import euclidean_distances
 
 clock = time.perf_counter if args.clock == "wall" else time.process_time
 
