@@ -286,7 +286,7 @@ def test_one_shot_json_and_table(data, show):
     answer = json.loads(done.stdout)  # by subprocess, as a user does; the other calls save the seconds that start-up takes
     items, scores, winner = oracle(data, [5, 40], 4, {5, 40})
     assert [(i["rank"], i["id"], i["interest"]) for i in answer["items"]] == list(zip(range(1, 5), ids(*items), winner.tolist()))
-    np.testing.assert_allclose([i["score"] for i in answer["items"]], scores, rtol=1e-5)
+    np.testing.assert_allclose([i["score"] for i in answer["items"]], scores, atol=1e-6)  # printed with six decimals
     assert answer["unknown_items"] == ["nope"] and answer["run"] == RUN
     assert f"run {RUN}" in done.stderr
     lines = show("--history", f"{item_id(5)},nope,{item_id(40)}", "--k", 4).splitlines()

@@ -55,7 +55,8 @@ class RecommendRequest(BaseModel):
 
     history: names("history") = Field(default_factory=list)  # what counts as given is what the request holds, so null is an error
     user_id: Name = Field(default_factory=str)
-    k: Annotated[int, BeforeValidator(whole), Field(ge=1, le=LIMITS["k"], description="items wanted")] = 20
+    # The limits stand inside: outside of the validator, pydantic does not write them into the OpenAPI document.
+    k: Annotated[Annotated[int, Field(ge=1, le=LIMITS["k"])], BeforeValidator(whole), Field(description="items wanted")] = 20
     exclude_seen: Annotated[bool, Field(description="leave out items of the history")] = True
     exclude_items: names("exclude_items") = []
     allow_categories: Annotated[names("allow_categories"), Field(description="only items in one of these; all if empty")] = []
