@@ -17,7 +17,7 @@ def test_the_sample_ends_with_a_results_table(sample):
     checkout, printed = sample
     summary = load_json(checkout / "data/sample/07_evaluate/summary.json")["models"]
     assert set(summary) == {"pop", "remi", "remi-eimf"}
-    recall = {model: entry["mean"]["recall@50"] for model, entry in summary.items()}
+    recall = {model: entry["mean"]["recall@20"] for model, entry in summary.items()}
     assert recall["remi"] > 1.5 * recall["pop"] > 0, recall
     assert recall["remi-eimf"] > recall["remi"], recall
     table = (checkout / "data/sample/07_evaluate/summary.md").read_text()
