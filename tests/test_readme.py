@@ -83,7 +83,7 @@ def test_every_command_runs(sample, root, tmp_path, shared):
                     continue  # the fixture ran it
                 if run.startswith("bash tests/run.sh"):
                     run += " --collect-only -q"  # the tests cannot run themselves
-                elif run.startswith("bash run_all.sh --dataset Beauty"):
+                elif run.startswith("bash run_all.sh --dataset Office"):
                     run += " --stop-stage 1"  # hours; test_pipeline runs the rest on Office
                 elif run == "python data/make_results.py":
                     run += " --check"  # the copy's few results must not replace the README's
