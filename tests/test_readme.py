@@ -108,9 +108,9 @@ def test_every_command_runs(sample, root, tmp_path, shared):
 def wait_for(url):
     for _ in range(300):
         try:
-            if requests.get(url, timeout=1).ok:
+            if requests.get(url, timeout=5).ok:
                 return
-        except requests.ConnectionError:
+        except requests.RequestException:  # not there yet, or still loading
             time.sleep(.2)
     pytest.fail(f"{url} does not answer")
 
