@@ -61,9 +61,11 @@ def parse(argv):
     add("--batch-size", type=int, default=128, help="training users per step (paper: 128)")
     add("--learning-rate", type=float, default=1e-3, help="Adam's step size (paper: 0.001); comirec-dr: 0.005")
     add("--dropout", type=float, default=0.0, help="of the history's vectors, and within Transformers; gru4rec and Transformers: 0.2")
-    add("--loss", choices=["softmax", "sampled", "hard-negatives"], default="softmax",
-        help="Eq. 14 over all items; over sampled negatives; over REMI's interest-aware hard negatives")
+    add("--loss", choices=["softmax", "sampled", "hard-negatives", "gbce"], default="softmax", help="Eq. 14 over all items; over sampled "
+        "negatives, with log-Q correction; over REMI's interest-aware hard negatives; gSASRec's binary cross-entropy")
     add("--negatives", type=int, default=1280, help="sampled negatives per step, shared by the batch (REMI: 10 per user)")
+    add("--sampling", choices=["uniform", "popularity"], default="uniform", help="how --loss sampled draws negatives")
+    add("--calibration", type=float, default=0.75, help="t of gbce, from 0 (no correction for sampling) to 1 (full; gSASRec: 0.75)")
     add("--hardness", type=float, default=10.0, help="importance exponent of hard-negatives (REMI: 10)")
     add("--text-dim", type=int, default=0,
         help="keep this many principal directions of the frozen text vectors, 0 for all (paper: all); fewer train faster")
@@ -73,7 +75,9 @@ def parse(argv):
     add("--beta", type=float, default=0.1, help="weight of the cosine distance in the alignment, Eq. 12 (paper: 0.1)")
     add("--temperature", type=float, default=0.1, help="InfoNCE temperature (paper: 0.1)")
     add("--no-semantic-prediction", action="store_true", help="ablation: without Eq. 7-9")
-    add("--no-alignment", action="store_true", help="ablation: without Eq. 10-12")
+    add("--no-alignment", action="store_true", help="ablation: without Eq. 10-12; the next two leave out one half")
+    add("--no-align-user", action="store_true", help="ablation: no alignment of explicit and implicit interest (Eq. 10)")
+    add("--no-align-item", action="store_true", help="ablation: no alignment of title and item vector (Eq. 11)")
     add("--max-iterations", type=int, default=20000, help="training steps at most")
     add("--validate-every", type=int, default=200, help="steps between validations (paper: 200)")
     add("--patience", type=int, default=10, help="validations without a better Recall@50 before stopping")
@@ -92,6 +96,10 @@ def parse(argv):
     for name in ("dim", "interests", "max_len", "batch_size", "negatives", "max_iterations", "validate_every", "patience"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    if args.sampling != "uniform" and args.loss != "sampled":
+        parser.error(f"--sampling {args.sampling} is for --loss sampled; {args.loss} has no correction for it")
+    if not 0 <= args.calibration <= 1:
+        parser.error(f"--calibration must be from 0 to 1, got {args.calibration}")
     if not 0 <= args.dropout < 1:
         parser.error(f"--dropout must be at least 0 and below 1, got {args.dropout}")
     if args.control and not args.eimf:
@@ -169,7 +177,7 @@ def train(stage, args, interactions, model, teacher, cluster_of_user, device):
     modules = nn.ModuleDict({"model": model} | ({"teacher": teacher} if teacher else {}))
     parameters = dict(modules.named_parameters())
     optimizer = torch.optim.Adam(parameters.values(), lr=args.learning_rate, fused=device.type in ("cpu", "cuda"))
-    padding = torch.zeros(1, dtype=torch.int64, device=device)
+    recommendation = losses.RecommendationLoss(args, interactions.training_counts(), device)
     batches = Batches(interactions, args)
     state = {"iteration": 0, "best_iteration": 0, "best": None, "seconds": 0.0, "log": []}
     best = {}
@@ -193,7 +201,7 @@ def train(stage, args, interactions, model, teacher, cluster_of_user, device):
         interests, routing = model(history)  # (B, K, D), (B, K, L)
         implicit = losses.read_out(interests, model.items(target), soft=args.soft_read_out)  # (B, D), Eq. 6
         query, wanted = model.backbone.examples(implicit, target, history, model.items)
-        terms = {"recommendation": recommendation_loss(args, query, model.items.weight, wanted, padding),
+        terms = {"recommendation": recommendation(query, model.items.weight, wanted),
                  "regulariser": model.backbone.regulariser(routing)}
         if teacher:
             cluster = torch.from_numpy(cluster_of_user[users]).to(device)
@@ -230,15 +238,6 @@ def train(stage, args, interactions, model, teacher, cluster_of_user, device):
 
 def _stopped(state, args):
     return bool(state["log"]) and state["iteration"] - state["best_iteration"] >= args.patience * args.validate_every
-
-
-def recommendation_loss(args, implicit, table, target, padding):
-    """Eq. 13-14 (13 means the implicit read-out): softmax over all items, or one of the sampled losses."""
-    if args.loss == "softmax":
-        return losses.softmax_loss(implicit, table, target, padding)
-    negatives = torch.randint(1, len(table), (args.negatives,), device=table.device)
-    return losses.sampled_softmax_loss(implicit, table, target, negatives,
-                                       args.hardness if args.loss == "hard-negatives" else 0.0)
 
 
 def validate(model, interactions, args, device):
