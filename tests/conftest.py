@@ -133,3 +133,8 @@ def sample(checkout):
     done = run_all(checkout)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return checkout, done.stdout
+
+
+def pytest_addoption(parser):
+    parser.addoption("--backbone", action="append", default=[], metavar="FILE.py:ClassName",
+                     help="test a backbone of your own too: pytest tests/test_backbones.py --backbone FILE.py:ClassName")

@@ -60,7 +60,7 @@ def sampled_softmax_loss(query, table, target, negatives, log_expected):
     """Softmax loss whose sum over all items is estimated from sampled negatives (S,) int64, with the log-Q correction.
 
     log_expected (N + 1,): log of how often each item is expected among the negatives, S q_i. A negative's score is lowered by it
-    (Bengio and Senecal, 2008, section III), so that exp(score) sums up to the full sum on average. The target is always there: it is
+    (Bengio and Senecal, 2008), so that exp(score) sums up to the full sum on average. The target is always there: it is
     not sampled, and not corrected. Loss and gradient come near those of `softmax_loss` as S grows.
     """
     positive, scores = sampled_scores(query, table, target, negatives)
@@ -81,7 +81,7 @@ def hard_negative_loss(query, table, target, negatives, hardness):
 
 
 def gbce_loss(query, table, target, negatives, calibration):
-    """Generalised binary cross-entropy (gSASRec, arXiv 2308.07192, Eq. 8 and 12), uniformly sampled negatives (S,) int64.
+    """Generalised binary cross-entropy (gSASRec, arXiv 2308.07192), uniformly sampled negatives (S,) int64.
 
     The target's probability is raised to beta = alpha (t (1 - 1 / alpha) + 1 / alpha), with alpha = S / (N - 1) the share of items that is
     sampled and t = calibration: t = 0 is the plain binary cross-entropy, t = 1 undoes the overconfidence that sampling causes.

@@ -49,7 +49,7 @@ class REMI(ComiRecSA):
 
 
 class SINE(Backbone):
-    """Sparse interests: a few prototypes of a large pool, joined by the predicted intention (SINE, arXiv 2102.09267, Eq. 3-9).
+    """Sparse interests: a few prototypes of a large pool, joined by the predicted intention (SINE, arXiv 2102.09267, section 3).
 
     The user's summary activates the nearest prototypes; each event belongs to them in shares, each prototype weighs the events,
     and the resulting interests are averaged by their likeness to the intention that should come next. So K = 1.
@@ -68,20 +68,20 @@ class SINE(Backbone):
 
     def forward(self, vectors, mask):
         vectors = self.dropout(vectors * mask[:, :, None])
-        summary = (self.summary(vectors, mask) @ vectors).squeeze(1)  # (B, D), Eq. 3
+        summary = (self.summary(vectors, mask) @ vectors).squeeze(1)  # (B, D)
         likeness, index = (summary @ self.prototypes.T).topk(self.active, 1)  # (B, A)
-        activated = self.prototypes[index] * likeness.sigmoid()[:, :, None]  # (B, A, D), Eq. 4
-        belongs = (self.norm_prototype(activated) @ self.norm_event(self.assign(vectors)).transpose(1, 2)).softmax(1)  # (B, A, L), Eq. 5
-        weight = belongs * self.weighing(vectors + self.position, mask)  # (B, A, L), Eq. 6
-        interests = self.norm_interest(weight @ vectors)  # (B, A, D), Eq. 7
+        activated = self.prototypes[index] * likeness.sigmoid()[:, :, None]  # (B, A, D)
+        belongs = (self.norm_prototype(activated) @ self.norm_event(self.assign(vectors)).transpose(1, 2)).softmax(1)  # (B, A, L)
+        weight = belongs * self.weighing(vectors + self.position, mask)  # (B, A, L)
+        interests = self.norm_interest(weight @ vectors)  # (B, A, D)
         intention = belongs.transpose(1, 2) @ activated  # (B, L, D)
-        following = self.norm_next((self.next(intention, mask) @ intention).squeeze(1))  # (B, D), Eq. 8
-        share = ((interests @ following[:, :, None]) / self.temperature).softmax(1).transpose(1, 2)  # (B, 1, A), Eq. 9
+        following = self.norm_next((self.next(intention, mask) @ intention).squeeze(1))  # (B, D)
+        share = ((interests @ following[:, :, None]) / self.temperature).softmax(1).transpose(1, 2)  # (B, 1, A)
         routing = share @ weight  # (B, 1, L)
         return share @ interests, routing / routing.sum(2, keepdim=True).clamp(min=1e-12)
 
     def regulariser(self, routing):
-        """Half the squared covariances of different prototypes, which keeps them apart (Eq. 11)."""
+        """Half the squared covariances of different prototypes, which keeps them apart."""
         centred = self.prototypes - self.prototypes.mean(1, keepdim=True)
         covariance = centred @ centred.T / self.prototypes.shape[1]  # (pool, pool)
         return self.strength * 0.5 * (covariance.square().sum() - covariance.diagonal().square().sum())

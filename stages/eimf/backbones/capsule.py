@@ -8,7 +8,7 @@ ROUNDS = 3
 
 
 def squash(x):
-    """Shorten a vector to a length below 1, in its own direction (MIND, arXiv 1904.08030, Eq. 7)."""
+    """Shorten a vector to a length below 1, in its own direction (MIND, arXiv 1904.08030)."""
     square = x.square().sum(-1, keepdim=True)
     return square / (1 + square) * x / (square + 1e-9).sqrt()
 
@@ -34,10 +34,10 @@ def shares(weight):
 
 
 class MIND(Backbone):
-    """Behaviour-to-interest routing with one map for all (MIND, arXiv 1904.08030, Eq. 5-8).
+    """Behaviour-to-interest routing with one map for all (MIND, arXiv 1904.08030).
 
     What tells the interests apart is their initial logits, so these are drawn once, with the weights, and kept with the model;
-    drawn anew they would make evaluation random. All K interests are used, not log2 of the history's length (Eq. 9).
+    drawn anew they would make evaluation random. All K interests are used, not the paper's log2 of the history's length.
     """
 
     def __init__(self, dim, interests, max_len, dropout=0.0):
@@ -53,7 +53,7 @@ class MIND(Backbone):
 
 
 class ComiRecDR(Backbone):
-    """Dynamic routing with one map for each position and interest, from zero logits (ComiRec, arXiv 2005.09347, Eq. 2-6)."""
+    """Dynamic routing with one map for each position and interest, from zero logits (ComiRec, arXiv 2005.09347, Algorithm 1)."""
     defaults = {"learning_rate": 0.005}
 
     def __init__(self, dim, interests, max_len, dropout=0.0):

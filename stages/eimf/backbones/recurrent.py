@@ -6,7 +6,7 @@ from .base import Backbone, even_share
 
 
 class GRU4Rec(Backbone):
-    """A gated recurrent unit's state after the newest event, mapped to D (GRU4Rec, arXiv 1511.06939, Eq. 1-4).
+    """A gated recurrent unit's state after the newest event, mapped to D (GRU4Rec, arXiv 1511.06939, section 3.1).
 
     Items share one table as input and as output. A state says nothing about single events, so routing is even. The unit is
     stepped here, because torch.export cannot export `nn.GRU` for any batch size.

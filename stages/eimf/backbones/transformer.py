@@ -78,7 +78,7 @@ class Transformer(Backbone):
 
 
 class SASRec(Transformer):
-    """Causal Transformer, the state at the newest event (SASRec, arXiv 1808.09781, Eq. 2-8).
+    """Causal Transformer, the state at the newest event (SASRec, arXiv 1808.09781, section 3).
 
     Trained here with the losses of the other models, not with the binary cross-entropy of one negative. Routing is the attention
     of the newest event in the last block, mean over heads.
@@ -96,7 +96,7 @@ class SASRec(Transformer):
 
 
 class BERT4Rec(Transformer):
-    """Bidirectional Transformer, the state at a [MASK] appended to the history (BERT4Rec, arXiv 1904.06690, Eq. 1-7).
+    """Bidirectional Transformer, the state at a [MASK] appended to the history (BERT4Rec, arXiv 1904.06690, section 3).
 
     As in EIMF's paper it is trained as the other models are: only the appended [MASK] is predicted. Routing is what [MASK] pays
     attention to in the last block, mean over heads, without the attention to itself.
@@ -108,8 +108,7 @@ class BERT4Rec(Transformer):
         super().__init__(dim, interests, max_len, dropout)
         self.token = nn.Parameter(torch.empty(dim))
         nn.init.normal_(self.token, std=0.05)
-        self.norm = nn.LayerNorm(dim)
-        self.output = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.LayerNorm(dim))  # Eq. 7, with tied item vectors
+        self.output = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.LayerNorm(dim))  # then tied item vectors
 
     def forward(self, vectors, mask):
         vectors, present, at_end = extended(vectors * mask[:, :, None], mask)
@@ -126,7 +125,7 @@ def extended(x, mask):
 
 
 class BERT4RecCloze(BERT4Rec):
-    """BERT4Rec with its own training task, the cloze (arXiv 1904.06690, section 3.6): random events are masked and predicted.
+    """BERT4Rec with its own training task, the cloze (arXiv 1904.06690, model learning): random events are masked and predicted.
 
     The sequence is the history with the target at its end. Where no event happens to be masked, the target is. It needs several
     times the training of the other models.
