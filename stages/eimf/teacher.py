@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from . import losses
@@ -15,22 +16,26 @@ from .artifacts import UserError, load_array, load_json, load_lines, save_array,
 class Teacher(nn.Module):
     """The explicit side: frozen text vectors, one learned map to D, self-attention over explicit interests (Eq. 4, 7)."""
 
-    def __init__(self, text, args):
+    def __init__(self, text, args, precision=torch.float32):
         super().__init__()
-        self.args = args
-        for name, tensor in text.items():
-            self.register_buffer(name, tensor, persistent=False)  # rebuilt from the stage folders, not checkpointed
+        self.args, self.precision = args, precision
+        for name, tensor in text.items():  # rebuilt from the stage folders, not checkpointed
+            self.register_buffer(name, tensor.to(precision) if tensor.is_floating_point() else tensor, persistent=False)
         self.projection = nn.Linear(self.item_text.shape[1], args.dim, bias=False)  # shared by titles and interests
         self.attention = nn.Linear(args.dim, 3 * args.dim, bias=False)  # queries, keys and values in one map
         for weight in self.parameters():
             nn.init.kaiming_normal_(weight)
         self.no_title = torch.nonzero(~self.item_has_text).squeeze(1)
 
+    def project(self, text):
+        """Frozen text vectors (n, d_t) in the common space, (n, D) float32 (Eq. 4)."""
+        return F.linear(text, self.projection.weight.to(self.precision)).float()
+
     def explicit(self, cluster):
         """Explicit interests of each user's typical user, cluster (B,) -> (B, M, D) and mask (B, M)."""
         index = self.interest_index[cluster]  # (B, M), -1 where there is none
         mask = (index >= 0) & (cluster >= 0)[:, None]
-        e = self.projection(self.interest_vectors[index[mask]])  # (real interests, D), Eq. 4; padding costs nothing
+        e = self.project(self.interest_vectors[index[mask]])  # (real interests, D), Eq. 4; padding costs nothing
         rows = e.new_zeros(*index.shape, 4 * self.args.dim)
         rows[mask] = torch.cat([e, self.attention(e)], 1)
         e, query, key, value = rows.chunk(4, 2)  # (B, M, D) each
@@ -47,7 +52,7 @@ class Teacher(nn.Module):
         ID embeddings; cluster (B,): the users' clusters, -1 for none.
         """
         args = self.args
-        titles = self.projection(self.item_text)  # (N + 1, D)
+        titles = self.project(self.item_text)  # (N + 1, D)
         target_text_vector = titles[target]  # e^T_t, (B, D); target_id_vector is e^T_i
         explicit, mask = self.explicit(cluster)
         has_title = self.item_has_text[target]
@@ -55,7 +60,7 @@ class Teacher(nn.Module):
         taught = losses.read_out(explicit, target_text_vector, mask, args.soft_read_out)  # (B, D), Eq. 8
         terms = {}
         if not args.no_semantic_prediction:
-            terms["semantic"] = losses.softmax_loss(taught, titles, target, self.no_title, keep)  # Eq. 9
+            terms["semantic"] = losses.softmax_loss(taught, titles, target, self.no_title, keep, self.precision)  # Eq. 9
         if not args.no_alignment:
             # A pair with the same target, or taught by the same typical user, is no negative of each other.
             same_target = target[:, None] == target
