@@ -32,9 +32,8 @@ from safetensors.torch import save
 from torch import nn
 from tqdm import tqdm
 
-from eimf import losses
-from eimf.artifacts import Stage, UserError, argument_parser, atomic, run, save_array, save_json, save_lines
-from eimf.backbones import BACKBONES
+from eimf import backbones, losses
+from eimf.artifacts import Stage, UserError, argument_parser, atomic, load_array, run, save_array, save_json, save_lines
 from eimf.data import load_interactions, load_items, padded
 from eimf.export import save_export
 from eimf.metrics import hit_matrix, per_user
@@ -50,19 +49,23 @@ def parse(argv):
     parser = argument_parser(__doc__)
     add = parser.add_argument
     add("--run", help="name of the run's folder; by default made from backbone, control and seed")
-    add("--backbone", choices=[*BACKBONES, "pop"], default="remi", help="behavioural model; pop ranks by training popularity")
+    add("--backbone", default="remi", metavar="NAME", help=f"behavioural model: {', '.join(backbones.BACKBONES)}; pop ranks by "
+        "training popularity; FILE.py:ClassName is one of your own")
     add("--eimf", action="store_true", help="teach the backbone with explicit interests (needs stages 02-05)")
     add("--control", choices=["random-text", "shuffled-clusters"],
         help="with --eimf: replace text vectors by random ones, or give users another user's cluster")
     add("--seed", type=int, default=0)
     add("--dim", type=int, default=64, help="D, size of item and interest vectors (paper: 64)")
-    add("--interests", type=int, default=4, help="K, interests per user (paper: 4)")
+    add("--interests", type=int, default=4, help="K, interests per user (paper: 4); single-interest models have 1 whatever is given")
     add("--max-len", type=int, default=20, help="n, newest events of a history that are read (paper: 20)")
     add("--batch-size", type=int, default=128, help="training users per step (paper: 128)")
-    add("--learning-rate", type=float, default=1e-3, help="Adam's step size (paper: 0.001)")
-    add("--loss", choices=["softmax", "sampled", "hard-negatives"], default="softmax",
-        help="Eq. 14 over all items; over sampled negatives; over REMI's interest-aware hard negatives")
+    add("--learning-rate", type=float, default=1e-3, help="Adam's step size (paper: 0.001); comirec-dr: 0.005")
+    add("--dropout", type=float, default=0.0, help="of the history's vectors, and within Transformers; gru4rec and Transformers: 0.2")
+    add("--loss", choices=["softmax", "sampled", "hard-negatives", "gbce"], default="softmax", help="Eq. 14 over all items; over sampled "
+        "negatives, with log-Q correction; over REMI's interest-aware hard negatives; gSASRec's binary cross-entropy")
     add("--negatives", type=int, default=1280, help="sampled negatives per step, shared by the batch (REMI: 10 per user)")
+    add("--sampling", choices=["uniform", "popularity"], default="uniform", help="how --loss sampled draws negatives")
+    add("--calibration", type=float, default=0.75, help="t of gbce, from 0 (no correction for sampling) to 1 (full; gSASRec: 0.75)")
     add("--hardness", type=float, default=10.0, help="importance exponent of hard-negatives (REMI: 10)")
     add("--text-dim", type=int, default=0,
         help="keep this many principal directions of the frozen text vectors, 0 for all (paper: all); fewer train faster")
@@ -72,7 +75,9 @@ def parse(argv):
     add("--beta", type=float, default=0.1, help="weight of the cosine distance in the alignment, Eq. 12 (paper: 0.1)")
     add("--temperature", type=float, default=0.1, help="InfoNCE temperature (paper: 0.1)")
     add("--no-semantic-prediction", action="store_true", help="ablation: without Eq. 7-9")
-    add("--no-alignment", action="store_true", help="ablation: without Eq. 10-12")
+    add("--no-alignment", action="store_true", help="ablation: without Eq. 10-12; the next two leave out one half")
+    add("--no-align-user", action="store_true", help="ablation: no alignment of explicit and implicit interest (Eq. 10)")
+    add("--no-align-item", action="store_true", help="ablation: no alignment of title and item vector (Eq. 11)")
     add("--max-iterations", type=int, default=20000, help="training steps at most")
     add("--validate-every", type=int, default=200, help="steps between validations (paper: 200)")
     add("--patience", type=int, default=10, help="validations without a better Recall@50 before stopping")
@@ -81,15 +86,30 @@ def parse(argv):
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--threads", type=int, default=0, help="CPU threads; 0 means all cores")
     args = parser.parse_args(argv)
+    if args.backbone != "pop":  # what the model wants, unless a flag says otherwise
+        if args.backbone not in backbones.BACKBONES and not backbones.source_file(args.backbone):
+            parser.error(f"argument --backbone: invalid choice: {args.backbone!r} (choose from {', '.join(backbones.BACKBONES)}, pop, "
+                         "FILE.py:ClassName)")
+        backbone = backbones.backbone_class(args.backbone)
+        if unknown := backbone.defaults.keys() - vars(args).keys():
+            raise UserError(f"--backbone {args.backbone}: defaults of {', '.join(sorted(unknown))}, which are no flags of this stage")
+        parser.set_defaults(**backbone.defaults)
+        args = parser.parse_args(argv)
     for name in ("dim", "interests", "max_len", "batch_size", "negatives", "max_iterations", "validate_every", "patience"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    if args.sampling != "uniform" and args.loss != "sampled":
+        parser.error(f"--sampling {args.sampling} is for --loss sampled; {args.loss} has no correction for it")
+    if not 0 <= args.calibration <= 1:
+        parser.error(f"--calibration must be from 0 to 1, got {args.calibration}")
+    if not 0 <= args.dropout < 1:
+        parser.error(f"--dropout must be at least 0 and below 1, got {args.dropout}")
     if args.control and not args.eimf:
         parser.error("--control needs --eimf")
     if args.backbone == "pop" and args.eimf:
         parser.error("--backbone pop has nothing to teach; leave out --eimf")
     if args.run is None:
-        parts = [args.backbone, "eimf" if args.eimf else None, args.control, f"s{args.seed}"]
+        parts = [args.backbone.rpartition(":")[2], "eimf" if args.eimf else None, args.control, f"s{args.seed}"]
         args.run = "-".join(filter(None, parts))
     return args
 
@@ -101,10 +121,19 @@ class BehaviouralModel(nn.Module):
         super().__init__()
         self.items = nn.Embedding(n_items + 1, args.dim, padding_idx=0)
         nn.init.normal_(self.items.weight[1:], std=INIT_STD)
-        self.backbone = BACKBONES[args.backbone](args.dim, args.interests, args.max_len)
+        self.backbone = backbones.build(args.backbone, args.dim, args.interests, args.max_len, args.dropout)
 
     def forward(self, history):
         return self.backbone(self.items(history), history > 0)
+
+
+def start_from_text(table, encoded):
+    """Set the item table (N + 1, D) to the items' text vectors of the folder of stage 02, reduced to D."""
+    item_text, has_text = (load_array(encoded / f"{name}.npy") for name in ("item_text", "item_has_text"))
+    if len(item_text) != len(table) or not has_text.any():
+        raise UserError(f"{encoded} has text for {has_text.sum()} of {len(item_text) - 1} items; expected some of {len(table) - 1}")
+    with torch.no_grad():
+        table.copy_(torch.from_numpy(backbones.table_from_text(table.numpy(), item_text, has_text)))
 
 
 class Popularity(nn.Module):
@@ -150,7 +179,7 @@ def train(stage, args, interactions, model, teacher, cluster_of_user, device, pr
     modules = nn.ModuleDict({"model": model} | ({"teacher": teacher} if teacher else {}))
     parameters = dict(modules.named_parameters())
     optimizer = torch.optim.Adam(parameters.values(), lr=args.learning_rate, fused=device.type in ("cpu", "cuda"))
-    padding = torch.zeros(1, dtype=torch.int64, device=device)
+    recommendation = losses.RecommendationLoss(args, interactions.training_counts(), device, precision)
     batches = Batches(interactions, args)
     state = {"iteration": 0, "best_iteration": 0, "best": None, "seconds": 0.0, "log": []}
     best = {}
@@ -173,7 +202,8 @@ def train(stage, args, interactions, model, teacher, cluster_of_user, device, pr
         model.train()
         interests, routing = model(history)  # (B, K, D), (B, K, L)
         implicit = losses.read_out(interests, model.items(target), soft=args.soft_read_out)  # (B, D), Eq. 6
-        terms = {"recommendation": recommendation_loss(args, implicit, model.items.weight, target, padding, precision),
+        query, wanted = model.backbone.examples(implicit, target, history, model.items)
+        terms = {"recommendation": recommendation(query, model.items.weight, wanted),
                  "regulariser": model.backbone.regulariser(routing)}
         if teacher:
             cluster = torch.from_numpy(cluster_of_user[users]).to(device)
@@ -210,15 +240,6 @@ def train(stage, args, interactions, model, teacher, cluster_of_user, device, pr
 
 def _stopped(state, args):
     return bool(state["log"]) and state["iteration"] - state["best_iteration"] >= args.patience * args.validate_every
-
-
-def recommendation_loss(args, implicit, table, target, padding, precision):
-    """Eq. 13-14 (13 means the implicit read-out): softmax over all items, or one of the sampled losses."""
-    if args.loss == "softmax":
-        return losses.softmax_loss(implicit, table, target, padding, precision=precision)
-    negatives = torch.randint(1, len(table), (args.negatives,), device=table.device)
-    return losses.sampled_softmax_loss(implicit, table, target, negatives,
-                                       args.hardness if args.loss == "hard-negatives" else 0.0)
 
 
 def validate(model, interactions, args, device):
@@ -306,6 +327,8 @@ def main(argv=None):
     stage = Stage("06_train", args, run=args.run)
     source = stage.input("01_preprocess")
     interactions, items = load_interactions(source), load_items(source)
+    if own := backbones.source_file(args.backbone):
+        stage.input_file(own)
     text, cluster_of_user = load_text(stage, args, interactions.n_items) if args.eimf else (None, None)
     if stage.is_done():
         return
@@ -322,7 +345,10 @@ def main(argv=None):
         state["best"] = validate(model, interactions, args, torch.device("cpu"))
         save_lines(stage.folder / "log.jsonl", [])
     else:
-        model = BehaviouralModel(interactions.n_items, args).to(device)
+        model = BehaviouralModel(interactions.n_items, args)
+        if model.backbone.items_from_text:
+            start_from_text(model.items.weight, stage.input("02_encode_text"))
+        model.to(device)
         teacher = Teacher(text, args, precision).to(device) if args.eimf else None
         best, state = train(stage, args, interactions, model, teacher, cluster_of_user, device, precision)
         model.load_state_dict(best)

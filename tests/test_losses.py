@@ -1,4 +1,6 @@
 """Loss terms against plain NumPy and torch oracles (paper, Eq. 7-15)."""
+import argparse
+
 import numpy as np
 import pytest
 import torch
@@ -97,7 +99,7 @@ def test_a_padded_row_never_wins_the_read_out():
     assert soft[0, 0].item() == pytest.approx(weight @ [-1, -3])
 
 
-def test_sampled_softmax_is_remis_formula(rng):
+def test_hard_negatives_are_remis_formula(rng):
     query, table = tensors(rng, (4, 5), (30, 5))
     target, negatives = torch.tensor([1, 2, 3, 4]), torch.tensor([7, 9, 2, 20, 21])
     q, t = query.detach().numpy(), table.detach().numpy()
@@ -108,5 +110,100 @@ def test_sampled_softmax_is_remis_formula(rng):
             importance = np.exp(hardness * x)
             positive = np.exp(q[i] @ t[target[i]])
             expected.append(-np.log(positive / (positive + (importance * np.exp(x)).sum() / importance.mean())))
-        found = losses.sampled_softmax_loss(query, table, target, negatives, hardness).item()
+        found = losses.hard_negative_loss(query, table, target, negatives, hardness).item()
         assert found == pytest.approx(np.mean(expected))
+
+
+def flags(**changes):
+    return argparse.Namespace(**{"loss": "sampled", "sampling": "uniform", "negatives": 40, "hardness": 10.0, "calibration": 0.75} | changes)
+
+
+COUNTS = np.array([0, 900, 300, 100, 50, 50, 20, 10, 5, 0, 0, 0])  # of 11 items; three never occur
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "popularity"])
+def test_negatives_are_drawn_as_often_as_the_correction_says(sampling):
+    loss = losses.RecommendationLoss(flags(sampling=sampling, negatives=200_000), COUNTS, "cpu")
+    torch.manual_seed(0)
+    found = np.bincount(loss.draw().numpy(), minlength=12)
+    expected = loss.log_expected.exp().numpy()
+    assert found[0] == 0 and found[1:].min() > 0
+    assert expected[0] == 0 and expected.sum() == pytest.approx(200_000)
+    assert np.abs(found[1:] - expected[1:]).max() < 5 * np.sqrt(200_000) / 2  # five standard deviations at most
+    if sampling == "popularity":
+        assert expected[1] / expected[9] == pytest.approx(901)
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "popularity"])
+def test_the_corrected_sampled_softmax_has_the_full_softmaxs_gradient(rng, sampling):
+    """The mean gradient over many draws is near the full softmax's; without the correction it is far away."""
+    query, table = tensors(rng, (6, 4), (12, 4))
+    target = torch.tensor([1, 1, 3, 9, 2, 11])
+    query.data += table.data[target]  # so that the targets' probabilities are far from 0, as in training
+    full = torch.autograd.grad(losses.softmax_loss(query, table, target, torch.tensor([0])), (query, table))
+    loss = losses.RecommendationLoss(flags(sampling=sampling, negatives=2000), COUNTS, "cpu")
+    torch.manual_seed(0)
+    draws = [loss.draw() for _ in range(40)]
+
+    def distance(log_expected):
+        total = sum(losses.sampled_softmax_loss(query, table, target, negatives, log_expected) for negatives in draws) / len(draws)
+        found = torch.autograd.grad(total, (query, table))
+        return max(((a - b).norm() / b.norm()).item() for a, b in zip(found, full))
+
+    assert distance(loss.log_expected.double()) < 0.05
+    assert distance(torch.zeros(12)) > 0.2
+    assert loss(query, table, target).item() == pytest.approx(losses.softmax_loss(query, table, target, torch.tensor([0])).item(), rel=0.1)
+
+
+def test_a_sampled_target_is_no_negative(rng):
+    query, table = tensors(rng, (1, 4), (6, 4))
+    target, expected = torch.tensor([3]), torch.zeros(6)
+    for function, extra in ((losses.sampled_softmax_loss, expected), (losses.hard_negative_loss, 5.0)):
+        with_target, without = (function(query, table, target, torch.tensor(n), extra).item() for n in ([1, 3, 2, 3], [1, 2]))
+        assert with_target == pytest.approx(without)
+        assert function(query, table, target, torch.tensor([3, 3]), extra).item() == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("calibration", [0.0, 0.75, 1.0])
+def test_gbce_is_gsasrecs_formula(rng, calibration):
+    query, table = tensors(rng, (3, 4), (30, 4))
+    target, negatives = torch.tensor([1, 2, 3]), torch.tensor([7, 9, 2, 20, 21, 22, 23])
+    q, t = query.detach().numpy(), table.detach().numpy()
+    alpha = 7 / (29 - 1)
+    beta = alpha * (calibration * (1 - 1 / alpha) + 1 / alpha)
+    assert {0.0: beta == pytest.approx(1), 1.0: beta == pytest.approx(alpha)}.get(calibration, alpha < beta < 1)
+
+    def sigmoid(x):
+        return 1 / (1 + np.exp(-x))
+
+    expected = [-(np.log(sigmoid(q[i] @ t[target[i]]) ** beta)
+                  + sum(np.log(1 - sigmoid(q[i] @ t[j])) for j in negatives.numpy() if j != target[i])) for i in range(3)]
+    found = losses.gbce_loss(query, table, target, negatives, calibration)
+    assert found.item() == pytest.approx(np.mean(expected))
+    found.backward()
+    assert torch.isfinite(query.grad).all() and torch.isfinite(table.grad).all()
+
+
+def test_gbce_with_all_items_as_negatives_is_the_binary_cross_entropy(rng):
+    """alpha = 1, so beta = 1 whatever t is."""
+    query, table = tensors(rng, (2, 4), (7, 4))
+    target = torch.tensor([1, 5])
+    found = losses.gbce_loss(query, table, target, torch.arange(1, 7), 1.0).item()
+    labels = F.one_hot(target, 7).double()[:, 1:]
+    expected = F.binary_cross_entropy_with_logits(query @ table[1:].T, labels, reduction="none").sum(1).mean().item()
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sampled", "hard-negatives", "gbce"])
+def test_each_loss_learns_the_target(loss):
+    """Descent on any of them raises the target above all other items."""
+    torch.manual_seed(0)
+    query, table = torch.randn(8, 16, requires_grad=True), torch.randn(30, 16, requires_grad=True)
+    target = torch.arange(1, 9)
+    recommendation = losses.RecommendationLoss(flags(loss=loss, negatives=20, hardness=1.0), np.ones(30), "cpu")
+    optimizer = torch.optim.Adam([query, table], lr=0.05)
+    for _ in range(150):
+        optimizer.zero_grad()
+        recommendation(query, table, target).backward()
+        optimizer.step()
+    assert ((query @ table[1:].T).argmax(1) + 1).tolist() == target.tolist()

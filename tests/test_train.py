@@ -190,7 +190,7 @@ def test_padding_does_not_matter_and_an_empty_history_is_finite(stage06, args):
 
 
 def test_regulariser_is_remis(stage06):
-    remi = stage06.BACKBONES["remi"](8, 3, 5)
+    remi = stage06.backbones.BACKBONES["remi"](8, 3, 5)
     routing = torch.rand(4, 3, 5, dtype=torch.float64)
     expected = 0
     for a in routing.numpy():

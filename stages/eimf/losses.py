@@ -55,20 +55,81 @@ def softmax_loss(query, table, target, excluded, keep=None, precision=None):
     return _LinearCrossEntropy.apply(query, table, target, weight / weight.sum().clamp(min=1), excluded, precision or query.dtype)
 
 
-def sampled_softmax_loss(query, table, target, negatives, hardness=0.0):
-    """Softmax over the target and uniformly sampled negatives (S,) int64 shared by the batch.
+def sampled_scores(query, table, target, negatives):
+    """Scores of the targets (B,) and of the negatives (S,), shared by the batch, (B, S).
 
-    With `hardness` b > 0 each negative's term exp(x) gets the weight exp(b x), normalised to mean 1 over the
-    negatives: REMI's interest-aware hard negatives (REMI, arXiv 2302.14532, Eq. 8). Sampling is uniform, so the
-    log-Q correction is the same constant for all and cancels. Negatives equal to the target are dropped.
+    A negative that is the target scores so low that it has no share in any sum; infinity would become NaN where it is multiplied.
     """
-    positive = (query * table[target]).sum(1)  # (B,)
-    scores = query @ table[negatives].T  # (B, S)
-    scores = scores.masked_fill(negatives == target[:, None], -torch.inf)
-    if hardness:
-        count = (negatives != target[:, None]).sum(1, keepdim=True).clamp(min=1)
-        scores = scores + torch.log_softmax(hardness * scores, 1) + count.log()
+    positive = (query * table[target]).sum(1)
+    return positive, (query @ table[negatives].T).masked_fill(negatives == target[:, None], -1e9)
+
+
+def sampled_softmax_loss(query, table, target, negatives, log_expected):
+    """Softmax loss whose sum over all items is estimated from sampled negatives (S,) int64, with the log-Q correction.
+
+    log_expected (N + 1,): log of how often each item is expected among the negatives, S q_i. A negative's score is lowered by it
+    (Bengio and Senecal, 2008, section III), so that exp(score) sums up to the full sum on average. The target is always there: it is
+    not sampled, and not corrected. Loss and gradient come near those of `softmax_loss` as S grows.
+    """
+    positive, scores = sampled_scores(query, table, target, negatives)
+    scores = torch.cat([positive[:, None], scores - log_expected[negatives]], 1)  # (B, 1 + S)
+    return (torch.logsumexp(scores, 1) - positive).mean()
+
+
+def hard_negative_loss(query, table, target, negatives, hardness):
+    """REMI's interest-aware hard negatives (REMI, arXiv 2302.14532, Eq. 8) among uniformly sampled ones (S,) int64.
+
+    Each negative's term exp(x) gets the weight exp(hardness x), normalised to mean 1 over the negatives; 0 weighs all the same.
+    """
+    positive, scores = sampled_scores(query, table, target, negatives)
+    is_target = negatives == target[:, None]
+    importance = torch.log_softmax((hardness * scores).masked_fill(is_target, -1e9), 1)
+    scores = scores + importance + (~is_target).sum(1, keepdim=True).clamp(min=1).log()
     return (torch.logsumexp(torch.cat([positive[:, None], scores], 1), 1) - positive).mean()
+
+
+def gbce_loss(query, table, target, negatives, calibration):
+    """Generalised binary cross-entropy (gSASRec, arXiv 2308.07192, Eq. 8 and 12), uniformly sampled negatives (S,) int64.
+
+    The target's probability is raised to beta = alpha (t (1 - 1 / alpha) + 1 / alpha), with alpha = S / (N - 1) the share of items that is
+    sampled and t = calibration: t = 0 is the plain binary cross-entropy, t = 1 undoes the overconfidence that sampling causes.
+    The terms are summed, where the paper divides by S + 1: its weight beside the other terms then does not depend on S.
+    """
+    positive, scores = sampled_scores(query, table, target, negatives)
+    alpha = min(1.0, len(negatives) / (len(table) - 2))
+    beta = alpha * (calibration * (1 - 1 / alpha) + 1 / alpha)
+    return (F.softplus(scores).sum(1) - beta * F.logsigmoid(positive)).mean()
+
+
+class RecommendationLoss:
+    """The loss that --loss names, over queries (Q, D), the item table (N + 1, D) and targets (Q,) int64 (Eq. 13-14).
+
+    counts int64 (N + 1,): how often training has each item, for --sampling popularity. Every item can be drawn: one more is added.
+    """
+
+    def __init__(self, args, counts, device, precision=None):
+        self.args, self.precision = args, precision
+        self.padding = torch.zeros(1, dtype=torch.int64, device=device)
+        weight = torch.as_tensor(counts, dtype=torch.float64) + 1 if args.sampling == "popularity" else torch.ones(len(counts), dtype=torch.float64)
+        weight[0] = 0
+        cumulative = weight.cumsum(0)
+        self.cumulative = (cumulative / cumulative[-1]).to(device)  # (N + 1,)
+        self.log_expected = (args.negatives * weight / weight.sum()).log().float().to(device)  # (N + 1,)
+
+    def draw(self):
+        """Negatives (S,) int64, with replacement; row i is drawn with probability cumulative[i] - cumulative[i - 1]."""
+        u = torch.rand(self.args.negatives, dtype=torch.float64, device=self.cumulative.device)
+        return torch.searchsorted(self.cumulative, u, right=True)
+
+    def __call__(self, query, table, target):
+        args = self.args
+        if args.loss == "softmax":
+            return softmax_loss(query, table, target, self.padding, precision=self.precision)
+        if args.loss == "sampled":
+            return sampled_softmax_loss(query, table, target, self.draw(), self.log_expected)
+        if args.loss == "hard-negatives":
+            return hard_negative_loss(query, table, target, self.draw(), args.hardness)
+        return gbce_loss(query, table, target, self.draw(), args.calibration)
 
 
 def info_nce(a, b, not_negative, temperature, keep):

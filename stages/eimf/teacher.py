@@ -61,13 +61,14 @@ class Teacher(nn.Module):
         terms = {}
         if not args.no_semantic_prediction:
             terms["semantic"] = losses.softmax_loss(taught, titles, target, self.no_title, keep, self.precision)  # Eq. 9
-        if not args.no_alignment:
-            # A pair with the same target, or taught by the same typical user, is no negative of each other.
-            same_target = target[:, None] == target
-            same_teacher = cluster[:, None] == cluster
+        # A pair with the same target, or taught by the same typical user, is no negative of each other.
+        same_target = target[:, None] == target
+        same_teacher = cluster[:, None] == cluster
+        if not (args.no_alignment or args.no_align_user):
             terms["align_user"] = (  # Eq. 10 and 12, explicit against implicit read-out
                 args.alpha * losses.info_nce(taught, implicit, same_target | same_teacher, args.temperature, keep)
                 + args.beta * losses.cosine_distance(taught, implicit, keep))
+        if not (args.no_alignment or args.no_align_item):
             terms["align_item"] = (  # Eq. 11 and 12, title against ID embedding; only the target matters here
                 args.alpha * losses.info_nce(target_text_vector, target_id_vector, same_target, args.temperature, has_title)
                 + args.beta * losses.cosine_distance(target_text_vector, target_id_vector, has_title))
