@@ -13,7 +13,8 @@ Writes  06_train/<run>/
         label_vectors.npy float32 (labels, D), labels.jsonl, labels.json: explicit interests in the aligned space, their
                           texts and who wrote them                                                 with --eimf only
         config.json       settings, best iteration, validation metrics
-        log.jsonl         one line per validation: iteration, loss terms, metrics, seconds
+        log.jsonl         one line per validation: iteration, loss terms, metrics, seconds so far,
+                          and seconds of the validation itself
         checkpoint/       last.safetensors, from which a killed run goes on with the same result
 
     python stages/06_train.py --dataset sample --backbone remi --eimf
@@ -213,13 +214,16 @@ def train(stage, args, interactions, model, teacher, cluster_of_user, device, pr
             if not math.isfinite(sum(means.values())):
                 raise UserError(f"the loss became {sum(means.values())} before iteration {t} (terms {means}). "
                                 "Lower --learning-rate, or look for extreme values in the text vectors.")
+            before = time.perf_counter()
             metrics = validate(validated, interactions, args, device)
-            state["seconds"] = round(time.perf_counter() - started, 2)
+            now = time.perf_counter()
+            state["seconds"] = round(now - started, 2)
             if state["best"] is None or metrics["recall@50"] > state["best"]["recall@50"]:
                 state |= {"best": metrics, "best_iteration": t}
                 best.update((name, p.detach().clone()) for name, p in validated.state_dict().items())
             entry = {"iteration": t, "loss": {k: round(v, 6) for k, v in means.items()},
-                     "valid": {k: round(v, 6) for k, v in metrics.items()}, "seconds": state["seconds"]}
+                     "valid": {k: round(v, 6) for k, v in metrics.items()}, "seconds": state["seconds"],
+                     "validation_seconds": round(now - before, 2)}
             state["log"].append(entry)
             save_checkpoint(path, identity, state, groups, optimizer)
             sums = {}
