@@ -58,7 +58,7 @@ class Live:
                 return None
             self.refused = found  # until the opposite is shown
             fresh = self.load()
-            fresh.describe(fresh.recommend([Query(history=(fresh.ids[1],))]))
+            fresh.to_json(fresh.recommend([Query(history=(fresh.ids[1],))]))
         except Exception as error:  # whatever is wrong with a new export, the old one goes on serving
             log.error("a new export is refused, run %s goes on serving: %s", self.current.run, error,
                       exc_info=not isinstance(error, UserError))
@@ -124,9 +124,8 @@ def answer_all(recommender, queries):
     """JSON text or exception of each query. A query that fails does not take the others with it."""
     try:
         known = [q for q in queries if q.user is None or q.user in recommender.users]
-        described = iter(recommender.describe(recommender.recommend(known)))
-        return [json.dumps(next(described), ensure_ascii=False, allow_nan=False) if q.user is None or q.user in recommender.users
-                else KeyError(q.user) for q in queries]
+        texts = iter(recommender.to_json(recommender.recommend(known)))
+        return [next(texts) if q.user is None or q.user in recommender.users else KeyError(q.user) for q in queries]
     except Exception as error:
         if len(queries) == 1:
             log.exception("a query failed")

@@ -309,7 +309,7 @@ class Service(FastAPI):
             live = self.live.current
             if live.projection is None:
                 raise Refused(404, "no_map", "this export has no map")
-            return {"points": [live.position[n] for n in live.popular[:limit]]}
+            return {"points": live.position[live.popular[:limit]].tolist()}
 
         @self.get("/health", responses={503: {"model": Error}})
         async def health():
