@@ -91,7 +91,7 @@ class Recommender:
         self.popular = (np.argsort(-self.counts[1:], kind="stable") + 1).tolist()  # ties by lower number
         self.titles_index = TitleIndex(self.titles, self.ids, self.popular)
         self._load_labels(trained)
-        self.model = load_export(trained / "model.pt2")
+        self.model = load_export(trained / "model.pt2", bare=True)
         self.retrieval, self.index = self._choose_retrieval(stage, retrieval), None
         if self.retrieval == "hnsw":
             self._load_index(stage)
@@ -104,6 +104,7 @@ class Recommender:
         # Titles of the public data sets hold HTML entities; they are text here, and whoever shows them escapes them.
         self.titles = [None, *(html.unescape(item["title"]) if item.get("title") else None for item in items[1:])]
         self.number = {item_id: n for n, item_id in enumerate(self.ids) if n}
+        self.id_texts = list(map(encode, self.ids))
         self.vectors = load_array(trained / "item_vectors.npy")
         trained_ids = (trained / "item_ids.txt").read_text(encoding="utf-8").split("\n")[1:-1]
         if trained_ids != self.ids[1:] or self.vectors.shape != (len(self.ids), self.config["dim"]):
@@ -112,6 +113,7 @@ class Recommender:
         if not np.isfinite(self.vectors).all():
             raise UserError(f"{trained / 'item_vectors.npy'} holds NaN or infinite values. Run stage 06 again.")
         self.unit_vectors, self.pieces = unit(self.vectors), {}
+        self.table = eimf_core.Items(self.vectors[1:])  # checked and laid out once, not for each of the small calls
         self.category = [None, *((html.unescape(item["categories"][-1]) if item["categories"] else None) for item in items[1:])]
         if len(set(self.category)) <= 2:  # padding's None and one name: it tells no item from another
             self.category = [None] * len(self.ids)
@@ -122,14 +124,15 @@ class Recommender:
 
     def _load_labels(self, trained):
         """Texts and vectors of explicit interests and the 2-D projection, where the export has them."""
-        self.labels, self.label_vectors, self.label_source, self.projection = [], None, None, None
+        self.labels, self.label_vectors, self.label_table, self.label_source, self.projection = [], None, None, None, None
         if "label_vectors.npy" in self.manifest["outputs"]:
             vectors, self.labels = load_array(trained / "label_vectors.npy"), load_lines(trained / "labels.jsonl")
             self.label_source = load_json(trained / "labels.json")["source"]
             if vectors.shape != (len(self.labels), self.vectors.shape[1]):
                 raise UserError(f"{trained}: label vectors {vectors.shape} for {len(self.labels)} labels of "
                                 f"{self.vectors.shape[1]} dimensions. Run stage 06 again.")
-            self.label_vectors = unit(vectors) if self.labels else None
+            self.label_vectors = unit(vectors)
+            self.label_table = eimf_core.Items(self.label_vectors) if self.labels else None
         if "map_projection.npy" in self.manifest["outputs"]:
             self.projection = load_array(trained / "map_projection.npy")  # (D + 1, 2), the last row is the shift
             self.position = self.project(self.vectors).astype(np.float64).round(4)  # (N + 1, 2)
@@ -228,7 +231,7 @@ class Recommender:
             indptr = np.cumsum([0, *(len(a.excluded) for a in group)])
             excluded = np.fromiter((n for a in group for n in a.excluded), dtype=np.int64, count=indptr[-1])
             wanted = [self._wanted(a) for a in group]
-            ranked = rank(np.stack([a.interests for a in group]), self.vectors, max(1, *wanted), (indptr, excluded), self.threads)
+            ranked = rank(np.stack([a.interests for a in group]), self.table, max(1, *wanted), (indptr, excluded), self.threads)
             for answer, n, items, scores, winner in zip(group, wanted, *(x.tolist() for x in ranked)):
                 answer.items, answer.scores, answer.winner = items[:n], scores[:n], winner[:n]
 
@@ -290,7 +293,7 @@ class Recommender:
         """The JSON of an item without the braces, made once: its id and title; with its place on the map; with its category."""
         piece = self.pieces.get(number)
         if piece is None:
-            brief = f'"id": {encode(self.ids[number])}, "title": {encode(self.titles[number])}'
+            brief = f'"id": {self.id_texts[number]}, "title": {encode(self.titles[number])}'
             place = "" if self.projection is None else f', "position": {encode(self.position[number].tolist())}'
             piece = self.pieces[number] = brief, brief + place, f'{brief}{place}, "category": {encode(self.category[number])}'
         return piece
@@ -307,18 +310,18 @@ class Recommender:
         that were encoded before: encoding whole objects would take longer than ranking all items.
         """
         explained = [a for a in answers if a.query.explain and a.history]
-        labels = iter(self._labels(np.concatenate([a.interests for a in explained])) if explained else [])  # K per answer
-        return [self._to_json(a, [next(labels) for _ in a.interests] if a.query.explain and a.history else []) for a in answers]
+        reasons = iter(self._reasons(explained) if explained else [])
+        return [self._to_json(a, next(reasons) if a.query.explain and a.history else ([], {-1: "[]"})) for a in answers]
 
     def _labels(self, interests):
-        """JSON of the label of each interest (n, D), null where the export has no labels."""
-        if self.label_vectors is None:
+        """JSON of the label of each interest, unit vectors (n, D); null where the export has no labels."""
+        if self.label_table is None:
             return ["null"] * len(interests)
-        nearest, cosine, _ = eimf_core.top_n(unit(interests)[:, None], self.label_vectors, 1, n_threads=self.threads)
+        nearest, cosine, _ = eimf_core.top_n(interests[:, None], self.label_table, 1, n_threads=self.threads)
         return [f'{{"text": {encode(self.labels[n]["text"])}, "similarity": {c:.4f}, "of": "typical user", '
                 f'"cluster": {self.labels[n]["cluster"]}}}' for n, c in zip(nearest[:, 0].tolist(), cosine[:, 0].tolist())]
 
-    def _to_json(self, answer, labels):
+    def _to_json(self, answer, reasons):
         if not math.isfinite(sum(answer.scores)):
             raise ValueError("a score is not finite")
         explain, piece = answer.query.explain, self._piece
@@ -326,7 +329,7 @@ class Recommender:
                  f'"unknown_categories": {encode_list(answer.unknown_categories)}']
         rows = zip(range(1, len(answer.items) + 1), answer.items, answer.scores, answer.winner)
         if explain:
-            interests, because = self._reasons(answer, labels) if answer.history else ([], {-1: "[]"})
+            interests, because = reasons
             history = ", ".join(f"{{{piece(n)[1]}}}" for n in answer.history)
             parts.append(f'"label_source": {encode(self.label_source)}, "history": [{history}], "interests": [{", ".join(interests)}]')
             items = [f'{{"rank": {rank}, {piece(n)[2]}, "score": {score:.6f}, "interest": {winner if winner >= 0 else "null"}, '
@@ -337,20 +340,25 @@ class Recommender:
         parts.append(f'"items": [{", ".join(items)}]')
         return f"{{{', '.join(parts)}}}"
 
-    def _reasons(self, answer, labels):
-        """JSON texts of the interests, and of the ids of the history items closest to each by cosine, newer first if equal."""
-        numbers = list(dict.fromkeys(answer.history[:-self.max_len - 1:-1]))  # distinct, newest first
-        cosine = self.unit_vectors[numbers] @ unit(answer.interests).T  # (distinct, K)
-        nearest = np.argsort(-cosine, 0, kind="stable")[:BECAUSE].T.tolist()  # (K, BECAUSE)
-        cosine = cosine.tolist()
+    def _reasons(self, answers):
+        """Of each answer, JSON texts of its interests, and of the ids of the history items closest to each; newer first if equal."""
+        interests = unit(np.concatenate([a.interests for a in answers]))  # (n, D), K of each answer
+        labels = self._labels(interests)
         places = [""] * len(labels) if self.projection is None else [
-            f', "position": [{x:.4f}, {y:.4f}]' for x, y in self.project(answer.interests).tolist()]
-        interests, because = [], []
-        for i, (label, row, place) in enumerate(zip(labels, nearest, places)):
-            items = ", ".join(f'{{{self._piece(numbers[n])[1]}, "similarity": {cosine[n][i]:.4f}}}' for n in row)
-            interests.append(f'{{"interest": {i}, "label": {label}, "because_of": [{items}]{place}}}')
-            because.append(encode_list([self.ids[numbers[n]] for n in row]))
-        return interests, because
+            f', "position": [{x:.4f}, {y:.4f}]' for x, y in self.project(interests).tolist()]
+        at = 0
+        for answer in answers:
+            k = len(answer.interests)
+            numbers = list(dict.fromkeys(answer.history[:-self.max_len - 1:-1]))  # distinct, newest first
+            cosine = interests[at:at + k] @ self.unit_vectors[numbers].T  # (K, distinct)
+            nearest = np.argsort(-cosine, 1, kind="stable")[:, :BECAUSE].tolist()
+            texts, because = [], []
+            for i, (row, values) in enumerate(zip(nearest, cosine.tolist())):
+                items = ", ".join(f'{{{self._piece(numbers[n])[1]}, "similarity": {values[n]:.4f}}}' for n in row)
+                texts.append(f'{{"interest": {i}, "label": {labels[at + i]}, "because_of": [{items}]{places[at + i]}}}')
+                because.append(f"[{', '.join([self.id_texts[numbers[n]] for n in row])}]")
+            at += k
+            yield texts, because
 
 
 def encode_list(names):
