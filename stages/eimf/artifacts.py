@@ -75,6 +75,16 @@ def argument_parser(doc, **kwargs):
     return parser
 
 
+def check_ranges(parser, args, **bounds):
+    """Exit with usage (code 2) unless each named argument lies in its bounds: `dim=1` for at least, `port=(0, 65535)` for a range."""
+    for name, bound in bounds.items():
+        low, high = bound if isinstance(bound, tuple) else (bound, None)
+        value = getattr(args, name)
+        if not (low <= value and (high is None or value <= high)):  # NaN lies in no range
+            expected = f"at least {low}" if high is None else f"{low} to {high}"
+            parser.error(f"--{name.replace('_', '-')} must be {expected}, got {value}")
+
+
 def sha256(path, block=1 << 22):
     """Hex SHA-256 of a file's content."""
     digest = hashlib.sha256()
