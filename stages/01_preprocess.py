@@ -27,6 +27,8 @@ the same time keep the order of the file.
 from pathlib import Path
 
 import numpy as np
+from numpy.dtypes import StringDType
+
 from eimf.artifacts import Stage, UserError, argument_parser, run, save_array, save_json, save_lines
 from eimf.data import TEST, TRAIN, VALID
 from eimf.download import BASE_URL, download
@@ -35,6 +37,7 @@ from eimf.readers import FORMATS, Report, detect, read_events, read_items
 INTERACTION_NAMES = ("reviews_{}_5.json", "reviews_{}.json", "{}_5.json", "{}.jsonl", "{}.json", "{}.inter",
                      "{}/{}.inter", "{}.csv", "{}.tsv")
 ITEM_NAMES = ("meta_{}.json", "meta_{}.jsonl", "{}.item", "{}/{}.item", "{}_items.csv", "{}_items.tsv")
+BLOCK = 1 << 22  # events; NumPy widens int32 indices to int64, which for all events at once would take as much as the columns
 
 
 def parse_arguments(argv):
@@ -119,17 +122,25 @@ def ordered(columns):
     if len(copies):
         keep = np.ones(len(users), bool)
         keep[copies] = False
-        users, items, times = users[keep], items[keep], times[keep]
+        users = users[keep]
+        items = items[keep]
+        times = times[keep]
     return users, items, times, len(copies)
 
 
 def frequent(users, items, minimum, repeat):
     """Mask of the events whose item, then user, has at least `minimum` events (paper, 4.1); until stable on `repeat`."""
     keep = np.ones(len(users), bool)
+    blocks = [slice(start, start + BLOCK) for start in range(0, len(users), BLOCK)]
     while True:
         before = np.count_nonzero(keep)
         for ids in (items, users):
-            keep &= (np.bincount(ids[keep], minlength=ids.max() + 1) >= minimum)[ids]
+            count = np.zeros(ids.max() + 1, np.int64)
+            for block in blocks:
+                count += np.bincount(ids[block][keep[block]], minlength=len(count))
+            enough = count >= minimum
+            for block in blocks:
+                keep[block] &= enough[ids[block]]
         if not repeat or np.count_nonzero(keep) == before:
             return keep
 
@@ -193,14 +204,17 @@ def main(argv=None):
     scale = 1 if (args.time_unit or ("ms" if form == "amazon-2023" else "s")) == "ms" else 1000
     report = Report(interactions)
     *columns, user_index, item_index = read_events(interactions, form, FORMATS[form] | given, scale, report)
-    user_ids, item_ids = list(user_index), list(item_index)
-    del user_index, item_index
+    user_ids, item_ids = (np.array(list(index), StringDType()) for index in (user_index, item_index))  # a third of Python's str
+    user_index.clear()
+    item_index.clear()
     read = len(columns[0])
     if not read:
         raise UserError(f"{interactions}: no interactions, only blank lines")
     users, items, times, copies = ordered(columns)
     keep = frequent(users, items, args.min_interactions, args.k_core)
-    users, items, times = users[keep], items[keep], times[keep]
+    users = users[keep]  # one after the other, so that only one column is there twice
+    items = items[keep]
+    times = times[keep]
     if not len(users):
         raise UserError(f"{interactions}: nothing is left of {read:,} interactions by {len(user_ids):,} users with "
                         f"{len(item_ids):,} items when each needs {args.min_interactions}; lower --min-interactions")
@@ -208,8 +222,8 @@ def main(argv=None):
     kept_users, offsets, kept_items, items = renumbered(users, items)
     split = split_users(len(kept_users), args.split, args.seed)
 
-    rows = {item_ids[i]: {"item": n, "id": item_ids[i], "title": None, "categories": [], "brand": None}
-            for n, i in enumerate(kept_items, 1)}
+    rows = {key: {"item": n, "id": key, "title": None, "categories": [], "brand": None}
+            for n, key in enumerate(item_ids[kept_items].tolist(), 1)}
     reports = [report]
     if metadata is not None:
         item_form = detect(metadata, given.values())
@@ -225,9 +239,10 @@ def main(argv=None):
             stage.log.warning("%s: %d of %d lines are broken and left out; the first is line %d: %s (more in stats.json)",
                               r.path, r.broken, r.lines, r.examples[0]["line"], r.examples[0]["reason"])
     save_lines(folder / "items.jsonl", rows)
-    save_lines(folder / "users.txt", (user_ids[u] for u in kept_users))
+    save_lines(folder / "users.txt", user_ids[kept_users])
     save_array(folder / "sequence_items.npy", items)
-    save_array(folder / "sequence_times.npy", times // 1000)
+    times //= 1000
+    save_array(folder / "sequence_times.npy", times)
     save_array(folder / "sequence_offsets.npy", offsets)
     save_array(folder / "split.npy", split)
     train, valid, test = np.bincount(split, minlength=3).tolist()
