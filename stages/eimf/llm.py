@@ -326,10 +326,16 @@ class Local:
                 with open(path, "rb") as file:
                     digest.update(f"{name}:{os.path.getsize(path)}:".encode() + file.read(1 << 20))
         self.model = f"{os.path.basename(os.path.abspath(folder))}@{digest.hexdigest()[:12]}"
+        self.positions = getattr(self.network.config, "max_position_embeddings", None)
 
     def answers(self, requests):
         batch = []
         for request in requests:
+            length = self.count(self._prompt(request)) + request.body["max_tokens"]
+            if self.positions and length > self.positions:
+                yield record(request, None, self.source, {"code": "rejected", "message": f"prompt and --max-tokens together are "
+                                                          f"{length} tokens, the model has {self.positions} positions"})
+                continue
             batch.append(request)
             if len(batch) == self.batch_size:
                 yield from self._generate(batch)
@@ -341,12 +347,15 @@ class Local:
         """Tokens of a text."""
         return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
+    def _prompt(self, request):
+        return self.tokenizer.apply_chat_template(request.body["messages"], tokenize=False, add_generation_prompt=True)
+
     def _generate(self, batch):
         import torch
         body = batch[0].body
-        texts = [self.tokenizer.apply_chat_template(request.body["messages"], tokenize=False, add_generation_prompt=True)
-                 for request in batch]
-        tokens = self.tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False).to(self.device)
+        texts = [self._prompt(request) for request in batch]
+        tokens = self.tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False,
+                                return_token_type_ids=False).to(self.device)
         settings = {"do_sample": False} if not body["temperature"] else {"do_sample": True, "temperature": body["temperature"]}
         torch.manual_seed(int(batch[0].key[:8], 16))
         try:
@@ -354,10 +363,12 @@ class Local:
                 output = self.network.generate(**tokens, max_new_tokens=body["max_tokens"],
                                                pad_token_id=self.tokenizer.pad_token_id, **settings)
         except torch.cuda.OutOfMemoryError:
+            output = None  # tried again outside: here the exception still holds what was allocated
+        if output is None:
+            torch.cuda.empty_cache()
             if len(batch) == 1:
                 yield record(batch[0], None, self.source, {"code": "out_of_memory", "message": f"{len(texts[0])} characters"})
                 return
-            torch.cuda.empty_cache()
             self.batch_size = max(1, len(batch) // 2)
             for half in (batch[:len(batch) // 2], batch[len(batch) // 2:]):
                 yield from self._generate(half)
