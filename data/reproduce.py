@@ -7,8 +7,8 @@
 Reads   the raw files of each data set in --raw-dir, recorded LLM answers `<name>.responses.jsonl[.gz]` in --llm-dir
 Writes  <data-dir>/<data set>[-<split>][-<variant>]/   the stages' folders
         <data-dir>/reproduction/<folder>/<task>.json, .log, .lock     what each task ran, printed, and who holds it
-        <data-dir>/reproduction/numbers.json, report.md, report.html  see paper_report.py
-        data/results/reproduction.json, reproduction.md               with --publish: the copies under version control
+        <data-dir>/reproduction/numbers.json, report.md, report.html, *.svg  see paper_report.py
+        data/results/   with --publish: numbers.json, report.md and its figures, the copies under version control
 
 A run that is done is skipped, if its arguments and inputs are still the same. Several processes may work in one data folder, on one
 machine: a lock on each task sees that no two take the same one, and a process waits for what others still hold. Exit codes: 0 all is done;
@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "stages"))
 
 import experiments  # noqa: E402
+import paper_numbers  # noqa: E402
 import paper_report  # noqa: E402
 from eimf.artifacts import load_json, load_lines, run as run_main, save_json  # noqa: E402
 from experiments import DATASETS, GUESSED_EIMF, GUESSED_SECONDS, MODELS, NAMES, NEED_TEXT, PAPER, VARIANTS, folder_of  # noqa: E402
@@ -374,8 +375,13 @@ def main(argv=None):
         print_list(runner, runs)
         return 0
     complete = args.report or runner.work()
-    outcomes = {task.run: state.outcome(task) for task in tasks if task.run}
-    paper_report.write(args, runs, tasks, outcomes, answers)
+    remaining = defaultdict(lambda: [0, 0.0])
+    for task in tasks:
+        if task.run and task not in runner.unavailable and state.outcome(task) != "done":
+            group = runs[task.run][1][0]
+            remaining[group] = [remaining[group][0] + 1, remaining[group][1] + runner.clock.estimate(task)]
+    numbers = paper_numbers.collect(args, runs, {task.run: task for task in tasks if task.run}, state, remaining)
+    paper_report.write(args, numbers, ROOT / "data" / "results")
     for task in runner.failed:
         print(f"failed: {task.label}, see {state.path(task, '.log')}", file=sys.stderr)
     return 1 if runner.failed else 0 if complete else 3
