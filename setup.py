@@ -12,7 +12,6 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
@@ -25,6 +24,8 @@ COMPILER_HINT = ("no working C++17 compiler was found ({}). Install one and run 
                  "`apt install g++` (Debian, Ubuntu), `dnf install gcc-c++` (Fedora, RHEL), `xcode-select --install` (macOS).")
 HEADER_HINT = ("Python.h was not found in {}. Install Python's headers and run the same command again: "
                "`apt install python3-dev` (Debian, Ubuntu), `dnf install python3-devel` (Fedora, RHEL); with pyenv or conda they come along.")
+PYBIND11_HINT = ("this Python has no pybind11, which building here needs. Run `pip install .` instead, which fetches it for the build alone, "
+                 "or `pip install pybind11` and the same command again.")
 
 
 def check_tools(compiler):
@@ -47,6 +48,11 @@ def check_tools(compiler):
 class Build(build_ext):
     def build_extensions(self):
         check_tools(list(self.compiler.compiler_cxx))
+        try:
+            import pybind11
+        except ImportError:
+            sys.exit("error: " + PYBIND11_HINT)
+        self.compiler.add_include_dir(pybind11.get_include())
         # The compiler object takes its C command for C++ sources too; name the C++ one.
         self.compiler.set_executable("compiler_so", [*self.compiler.compiler_cxx, *self.compiler.compiler_so[1:]])
         super().build_extensions()
@@ -60,7 +66,7 @@ setup(
     packages=["eimf_core-stubs"],  # PEP 561: type information for a module that is one compiled file
     package_dir={"eimf_core-stubs": "csrc/stubs"},
     package_data={"eimf_core-stubs": ["*.pyi"]},
-    ext_modules=[Extension("eimf_core", SOURCES, depends=HEADERS, include_dirs=["csrc", pybind11.get_include()], language="c++",
+    ext_modules=[Extension("eimf_core", SOURCES, depends=HEADERS, include_dirs=["csrc"], language="c++",
                            extra_compile_args=FLAGS + native, extra_link_args=["-pthread"])],
     cmdclass={"build_ext": Build},
 )

@@ -23,12 +23,11 @@ constexpr double NEVER = -1e300;  // stands for minus infinity where arithmetic 
 constexpr size_t FIRST_LENGTH = 64, GROWTH = 4;
 constexpr size_t SELF = static_cast<size_t>(-1);
 
-// One row's neighbours. id and s: by falling s, equal s by rising id. r and a: of the first `used` entries.
+// One row's neighbours, by falling s, equal s by rising id.
 struct Row {
     uint32_t *id;
     float *s;
-    double *r, *a;
-    uint32_t length, used;
+    uint32_t length;
     float bound;  // no neighbour outside the list is more similar than this; -infinity: none is missing
 };
 
@@ -38,7 +37,7 @@ struct Neighbour {
     bool operator<(const Neighbour &other) const { return s != other.s ? s > other.s : id < other.id; }
 };
 
-constexpr size_t ENTRY_BYTES = sizeof(uint32_t) + sizeof(float) + 2 * sizeof(double);
+constexpr size_t ENTRY_BYTES = sizeof(uint32_t) + sizeof(float);
 
 // Where similarities come from. Rows and columns are numbered 0 .. n-1 after equal points were merged.
 class Source {
@@ -122,7 +121,7 @@ public:
 
     void neighbours(const uint32_t *which, size_t count, size_t length, Team &team, Memory &memory, const Fill &fill) const override {
         const size_t wanted = std::min(length, n() - 1);
-        TopNProblem problem{kernels_, centred_.data(), n(), d_, bias_.data(), nullptr, count, 1, wanted + 1, {}, {}, {}};
+        TopNProblem problem{kernels_, centred_.data(), n(), d_, bias_.data(), nullptr, count, 1, wanted + 1, nullptr, {}, {}, {}};
         problem.rows = [&](size_t q) { return centred_.data() + static_cast<size_t>(which[q]) * d_; };
         problem.result = [&](size_t q, const RankKey *keys, const int32_t *, size_t found) {
             const size_t i = which[q];
@@ -319,7 +318,70 @@ private:
     size_t n_;
 };
 
+// The neighbour lists of all rows. They only grow, so a later run over the same source finds them as long as earlier ones needed.
+class Lists {
+public:
+    Lists(const Source &source, Memory &memory) : source_(source), memory_(memory), rows_(source.n()), owned_(source.n()) {}
+
+    const Row &operator[](size_t i) const { return rows_[i]; }
+    const std::vector<Row> &rows() const { return rows_; }
+    const std::vector<uint32_t> &first_lengths() const { return first_lengths_; }
+    bool loaded() const { return !first_lengths_.empty(); }
+
+    void load(Team &team) {
+        std::vector<uint32_t> all(source_.n());
+        std::iota(all.begin(), all.end(), 0u);
+        fetch(all, FIRST_LENGTH, team);
+        for (const Row &row : rows_) first_lengths_.push_back(row.length);
+    }
+
+    // Make the lists of `which` at least as long as `lengths` says, or whole.
+    void grow(const std::vector<uint32_t> &which, const std::vector<uint32_t> &lengths, Team &team) {
+        std::map<uint32_t, std::vector<uint32_t>> by_length;
+        for (size_t q = 0; q < which.size(); ++q)
+            if (rows_[which[q]].length < lengths[q] && rows_[which[q]].bound > -std::numeric_limits<float>::infinity()) by_length[lengths[q]].push_back(which[q]);
+        for (const auto &[length, rows] : by_length) fetch(rows, length, team);
+    }
+
+private:
+    void fetch(const std::vector<uint32_t> &which, size_t length, Team &team) {
+        source_.neighbours(which.data(), which.size(), length, team, memory_,
+                           [this](size_t i, const Neighbour *sorted, size_t found, float bound) {
+                               Buffer<unsigned char> larger(memory_, found * ENTRY_BYTES);
+                               Row row{reinterpret_cast<uint32_t *>(larger.data()), nullptr, static_cast<uint32_t>(found), bound};
+                               row.s = reinterpret_cast<float *>(row.id + found);
+                               for (size_t j = 0; j < found; ++j) row.s[j] = sorted[j].s, row.id[j] = sorted[j].id;
+                               rows_[i] = row;
+                               owned_[i] = std::move(larger);
+                           });
+    }
+
+    const Source &source_;
+    Memory &memory_;
+    std::vector<Row> rows_;
+    std::vector<Buffer<unsigned char>> owned_;  // what the rows point into
+    std::vector<uint32_t> first_lengths_;
+};
+
 // ------------------------------------------------------------------------------------------------------------ the engine
+
+// The messages r and a of the first `used` entries of a row.
+struct Messages {
+    Buffer<double> values;
+    double *r = nullptr, *a = nullptr;
+    uint32_t used = 0, room = 0;
+
+    void extend(Memory &memory) {
+        const uint32_t larger = room ? 2 * room : 8;
+        Buffer<double> next(memory, size_t{2} * larger);
+        std::copy_n(r, used, next.data());
+        std::copy_n(a, used, next.data() + larger);
+        values = std::move(next);
+        room = larger;
+        r = values.data();
+        a = r + larger;
+    }
+};
 
 // Distinct numbers in [0, 1) that differ much for neighbouring k (the van der Corput sequence).
 double spread(uint32_t k) {
@@ -338,10 +400,10 @@ constexpr uint32_t NOBODY = std::numeric_limits<uint32_t>::max();
 
 class Engine {
 public:
-    Engine(const Source &source, const double *preference, const eimf_ap_options &options, const ScoreKernels *kernels, Team &team,
-           Memory &memory)
-        : source_(source), options_(options), kernels_(kernels), team_(team), memory_(memory), n_(source.n()), preference_(preference), rows_(n_),
-          grown_(n_), p_(memory, n_), best_(memory, n_), second_(memory, n_), arg_(memory, n_), level_(memory, n_, 0.0),
+    Engine(const Source &source, Lists &lists, const double *preference, const eimf_ap_options &options, const ScoreKernels *kernels,
+           Team &team, Memory &memory)
+        : source_(source), lists_(lists), options_(options), kernels_(kernels), team_(team), memory_(memory), n_(source.n()),
+          preference_(preference), messages_(n_), visible_(memory, n_), p_(memory, n_), best_(memory, n_), second_(memory, n_), arg_(memory, n_), level_(memory, n_, 0.0),
           r_self_(memory, n_, 0.0), a_self_(memory, n_, 0.0), column_(memory, n_, 0.0), column_sum_(memory, n_, 0.0),
           is_exemplar_(memory, n_, uint8_t{0}), unchanged_(memory, n_, uint32_t{0}) {
         // Fixed blocks of rows, each with its own partial column sums, make the sums the same for any number of threads.
@@ -351,7 +413,10 @@ public:
     }
 
     Clustering run(eimf_ap_result *result) {
-        load_neighbours();
+        report(0, 0);
+        if (!lists_.loaded()) lists_.load(team_);
+        std::copy_n(lists_.first_lengths().begin(), n_, visible_.data());
+        report(0, 0);
         Clustering found;
         if (trivial(&found)) {
             result->converged = 1;
@@ -396,39 +461,12 @@ private:
             fail(EIMF_ERROR_INTERRUPTED, "stopped by the progress callback at iteration %zu", iteration);
     }
 
-    void set_row(size_t i, unsigned char *at, const Neighbour *sorted, size_t length, float bound) {
-        Row &row = rows_[i];
-        Row next{};
-        next.r = reinterpret_cast<double *>(at);
-        next.a = next.r + length;
-        next.s = reinterpret_cast<float *>(next.a + length);
-        next.id = reinterpret_cast<uint32_t *>(next.s + length);
-        for (size_t j = 0; j < length; ++j) next.s[j] = sorted[j].s, next.id[j] = sorted[j].id;
-        next.length = static_cast<uint32_t>(length);
-        next.bound = bound;
-        next.used = row.used;
-        for (size_t j = 0; j < row.used; ++j) next.r[j] = row.r[j], next.a[j] = row.a[j];
-        row = next;
-    }
-
-    void load_neighbours() {
-        Buffer<uint32_t> all(memory_, n_);
-        std::iota(all.begin(), all.end(), 0u);
-        report(0, 0);
-        source_.neighbours(all.data(), n_, FIRST_LENGTH, team_, memory_,
-                           [this](size_t i, const Neighbour *sorted, size_t length, float bound) {
-                               grown_[i] = Buffer<unsigned char>(memory_, length * ENTRY_BYTES);
-                               set_row(i, grown_[i].data(), sorted, length, bound);
-                           });
-        report(0, 0);
-    }
-
     // Lower each preference by a little of its own, at most 2^exponent of its size, so that columns that serve equally differ. The
     // difference must outlast rounding: the messages of lists are float64, explicit ones float32.
     void decide_ties(int exponent) {
         for (size_t i = 0; i < n_; ++i) {
             double scale = std::fabs(preference_[i]);
-            if (rows_[i].length) scale = std::max(scale, std::fabs(static_cast<double>(rows_[i].s[0])));
+            if (lists_[i].length) scale = std::max(scale, std::fabs(static_cast<double>(lists_[i].s[0])));
             p_[i] = preference_[i] - std::ldexp(scale, exponent) * spread(static_cast<uint32_t>(i));
         }
     }
@@ -439,8 +477,8 @@ private:
         std::iota(everyone.begin(), everyone.end(), 0u);
         if (n_ == 1) return *found = assigned(everyone), true;
         const double highest = *std::max_element(preference_, preference_ + n_);
-        if (highest == *std::min_element(preference_, preference_ + n_) && source_.all_equal(rows_)) {
-            *found = assigned(preference_[0] > rows_[0].s[0] ? everyone : std::vector<uint32_t>{0});
+        if (highest == *std::min_element(preference_, preference_ + n_) && source_.all_equal(lists_.rows())) {
+            *found = assigned(preference_[0] > lists_[0].s[0] ? everyone : std::vector<uint32_t>{0});
             return true;
         }
         // Two or more exemplars are worth at most the two highest preferences plus each row's best similarity (or none).
@@ -449,9 +487,9 @@ private:
         for (size_t i = 0; i < n_; ++i) {
             if (preference_[i] == highest && !seen) seen = true;
             else second = std::max(second, preference_[i]);
-            if (rows_[i].length == 0) return false;
-            gain += std::max(0.0, static_cast<double>(rows_[i].s[0]));
-            rows_best += rows_[i].s[0];
+            if (lists_[i].length == 0) return false;
+            gain += std::max(0.0, static_cast<double>(lists_[i].s[0]));
+            rows_best += lists_[i].s[0];
         }
         size_t k = 0;
         double single = 0;
@@ -461,17 +499,30 @@ private:
         return true;
     }
 
+    // The part of row i's list that this run has asked for. Each run starts with the same part, whatever earlier runs have left in
+    // the lists, so it takes the same course as on new lists.
+    Row visible(size_t i) const {
+        Row row = lists_[i];
+        if (visible_[i] < row.length) {
+            row.length = visible_[i];
+            row.bound = row.s[row.length];
+        }
+        return row;
+    }
+
     // a of row i's own entries, from the last iteration's column sums and responsibilities.
     void update_row_availabilities(size_t i) {
-        Row &row = rows_[i];
+        const Row &row = lists_[i];
+        Messages &own = messages_[i];
         const double damping = options_.damping, gain = 1 - damping;
-        for (size_t j = 0; j < row.used; ++j)
-            row.a[j] = damping * row.a[j] + gain * std::min(0.0, column_sum_[row.id[j]] - std::max(row.r[j], 0.0));
+        for (size_t j = 0; j < own.used; ++j)
+            own.a[j] = damping * own.a[j] + gain * std::min(0.0, column_sum_[row.id[j]] - std::max(own.r[j], 0.0));
     }
 
     // The two best values of a(i,k) + s(i,k). False if the list ends before that is certain.
     bool scan(size_t i) {
-        const Row &row = rows_[i];
+        const Row row = visible(i);
+        const Messages &own = messages_[i];
         double best = a_self_[i] + p_[i], second = -std::numeric_limits<double>::infinity();
         size_t arg = SELF;
         const auto see = [&](double value, size_t j) {
@@ -479,7 +530,7 @@ private:
             else if (value > second) second = value;
         };
         size_t j = 0;
-        for (; j < row.used; ++j) see(row.s[j] + row.a[j], j);
+        for (; j < own.used; ++j) see(row.s[j] + own.a[j], j);
         for (; j < row.length && row.s[j] > second; ++j) see(row.s[j] + column_[row.id[j]], j);
         second_[i] = std::max(second, NEVER);
         if (j == row.length && row.bound > second) return false;
@@ -489,22 +540,24 @@ private:
     }
 
     void update_row_responsibilities(size_t i, double *column_sum) {
-        Row &row = rows_[i];
+        const Row row = visible(i);
+        Messages &own = messages_[i];
         const double damping = options_.damping, gain = 1 - damping, best = best_[i], second = second_[i];
         const size_t arg = arg_[i];
         r_self_[i] = damping * r_self_[i] + gain * (p_[i] - (arg == SELF ? second : best));
         size_t j = 0;
-        for (; j < row.used; ++j) {
-            row.r[j] = damping * row.r[j] + gain * (row.s[j] - (j == arg ? second : best));
-            if (row.r[j] > 0) column_sum[row.id[j]] += row.r[j];
+        for (; j < own.used; ++j) {
+            own.r[j] = damping * own.r[j] + gain * (row.s[j] - (j == arg ? second : best));
+            if (own.r[j] > 0) column_sum[row.id[j]] += own.r[j];
         }
         for (; j < row.length; ++j) {
             const double before = weight_ * row.s[j] - level_[i];
             const double r = damping * before + gain * (row.s[j] - (j == arg ? second : best));
             if (r <= 0 && (arg == SELF || j > arg)) break;
-            row.r[j] = r;
-            row.a[j] = column_[row.id[j]];
-            row.used = static_cast<uint32_t>(j + 1);
+            if (j == own.room) own.extend(memory_);
+            own.r[j] = r;
+            own.a[j] = column_[row.id[j]];
+            own.used = static_cast<uint32_t>(j + 1);
             if (r > 0) column_sum[row.id[j]] += r;
         }
         level_[i] = damping * level_[i] + gain * best;
@@ -538,7 +591,8 @@ private:
                 team_.run(blocked.size(), [&](size_t q) { dense_block(blocked[q], 1.0f); });
                 return;
             }
-            grow(short_rows, lengths);
+            lists_.grow(short_rows, lengths, team_);
+            for (size_t q = 0; q < short_rows.size(); ++q) visible_[short_rows[q]] = lengths[q];
             std::vector<uint32_t> still;
             for (uint32_t i : short_rows)
                 if (!scan(i)) still.push_back(i);
@@ -562,7 +616,7 @@ private:
                     double s;
                     above += source_.similarity(i, (i + 1 + sample * n_ / 32) % n_, &s) && s > second_[i];
                 }
-                const size_t wanted = std::max(GROWTH * rows_[i].length, above * n_ / 32);
+                const size_t wanted = std::max(GROWTH * visible_[i], above * n_ / 32);
                 while ((size_t{1} << power) < wanted) ++power;
                 lengths[q] = static_cast<uint32_t>(std::min(n_ - 1, size_t{1} << power));
             }
@@ -573,7 +627,7 @@ private:
     // Would the lists hold more than a part of all pairs?
     bool should_be_dense(const std::vector<uint32_t> &lengths) const {
         size_t listed = std::accumulate(lengths.begin(), lengths.end(), size_t{0});
-        for (const Row &row : rows_) listed += row.length;
+        for (size_t i = 0; i < n_; ++i) listed += visible_[i];
         return listed > n_ / 4 * n_;
     }
 
@@ -593,16 +647,17 @@ private:
             const double weight = waiting_[b].empty() ? next_weight : weight_;
             for (size_t i = b * n_ / blocks_; i < (b + 1) * n_ / blocks_; ++i) {
                 float *r = &dense_r_[i * n_], *a = &dense_a_[i * n_];
-                const Row &row = rows_[i];
+                const Row row = visible(i);
+                const Messages &own = messages_[i];
                 if (dense_storage_.size())
                     for (size_t j = 0; j < row.length; ++j) dense_storage_[i * n_ + row.id[j]] = row.s[j];
                 for (size_t k = 0; k < n_; ++k) {
                     r[k] = static_cast<float>(weight * s[i * n_ + k] - level_[i]);
                     a[k] = static_cast<float>(column_[k]);
                 }
-                for (size_t j = 0; j < row.used; ++j) {
-                    r[row.id[j]] = static_cast<float>(row.r[j]);
-                    a[row.id[j]] = static_cast<float>(row.a[j]);
+                for (size_t j = 0; j < own.used; ++j) {
+                    r[row.id[j]] = static_cast<float>(own.r[j]);
+                    a[row.id[j]] = static_cast<float>(own.a[j]);
                 }
             }
         });
@@ -626,19 +681,6 @@ private:
             r_self_[i] = options_.damping * r_self_[i] + (1 - options_.damping) * (p_[i] - (self > others ? others : static_cast<double>(best)));
             kernels_->row_responsibilities(s, r, a, i, keep, gain, best, second, partial);
             kernels_->row_responsibilities(s + i + 1, r + i + 1, a + i + 1, n_ - i - 1, keep, gain, best, second, partial + i + 1);
-        }
-    }
-
-    void grow(const std::vector<uint32_t> &short_rows, const std::vector<uint32_t> &lengths) {
-        std::map<uint32_t, std::vector<uint32_t>> by_length;
-        for (size_t q = 0; q < short_rows.size(); ++q) by_length[lengths[q]].push_back(short_rows[q]);
-        for (const auto &[length, which] : by_length) {
-            source_.neighbours(which.data(), which.size(), length, team_, memory_,
-                               [this](size_t i, const Neighbour *sorted, size_t found, float bound) {
-                                   Buffer<unsigned char> larger(memory_, found * ENTRY_BYTES);
-                                   set_row(i, larger.data(), sorted, found, bound);
-                                   grown_[i] = std::move(larger);
-                               });
         }
     }
 
@@ -698,7 +740,7 @@ private:
                     value[i] = preference_[i];
                     continue;
                 }
-                const Row &row = rows_[i];
+                const Row row = visible(i);
                 size_t j = 0;
                 while (j < row.length && !chosen[row.id[j]]) ++j;
                 if (j < row.length && row.s[j] >= row.bound) {
@@ -744,14 +786,15 @@ private:
     }
 
     const Source &source_;
+    Lists &lists_;
     const eimf_ap_options &options_;
     const ScoreKernels *kernels_;
     Team &team_;
     Memory &memory_;
     size_t n_, blocks_ = 0;
     const double *preference_;  // as given
-    std::vector<Row> rows_;
-    std::vector<Buffer<unsigned char>> grown_;  // what the rows point into
+    std::vector<Messages> messages_;
+    Buffer<uint32_t> visible_;  // how much of each list this run has asked for
     Buffer<double> p_;                          // preferences with ties decided
     Buffer<double> best_, second_;
     Buffer<size_t> arg_;
@@ -801,10 +844,15 @@ void write_result(const Clustering &c, const Memory &memory, int64_t *exemplars,
     result->peak_bytes = memory.peak();
 }
 
-// Which points are equal: representative[group] is the one with the highest preference (equal: the lowest index),
-// group_of[point] its group. Points with a positive preference are never merged: each is its own exemplar.
-void merge_equal(const float *x, size_t n, size_t d, const std::vector<double> &preference, std::vector<uint32_t> &group_of,
-                 std::vector<uint32_t> &representative, std::vector<uint32_t> &weight) {
+// Equal points, as one point with a weight.
+struct Groups {
+    std::vector<uint32_t> of;      // point -> its group
+    std::vector<uint32_t> first;   // group -> its lowest point
+    std::vector<uint32_t> weight;  // group -> number of points
+};
+
+// Points with a positive preference are never merged: each is its own exemplar. `preference` may be nullptr: none is positive.
+Groups merge_equal(const float *x, size_t n, size_t d, const double *preference) {
     std::vector<uint32_t> order(n);
     std::iota(order.begin(), order.end(), 0u);
     std::vector<uint64_t> hash(n);
@@ -833,30 +881,77 @@ void merge_equal(const float *x, size_t n, size_t d, const std::vector<double> &
         for (; at < end; ++at) {
             const uint32_t i = order[at];
             head[i] = i;
-            if (preference[i] > 0) continue;
+            if (preference && preference[i] > 0) continue;
             const auto same = std::find_if(heads.begin(), heads.end(), [&](uint32_t h) { return equal(h, i); });
             if (same == heads.end()) heads.push_back(i);
             else head[i] = *same;
         }
     }
-    group_of.assign(n, 0);
+    Groups groups;
+    groups.of.resize(n);
     for (size_t i = 0; i < n; ++i) {
         if (head[i] == i) {
-            group_of[i] = static_cast<uint32_t>(representative.size());
-            representative.push_back(static_cast<uint32_t>(i));
-            weight.push_back(1);
-            continue;
+            groups.of[i] = static_cast<uint32_t>(groups.first.size());
+            groups.first.push_back(static_cast<uint32_t>(i));
+            groups.weight.push_back(1);
+        } else {
+            ++groups.weight[groups.of[i] = groups.of[head[i]]];
         }
-        const uint32_t group = group_of[i] = group_of[head[i]];
-        ++weight[group];
-        if (preference[i] > preference[representative[group]]) representative[group] = static_cast<uint32_t>(i);
     }
+    return groups;
+}
+
+void check_points(const float *x, size_t n, size_t d) {
+    if (n == 0) fail(EIMF_ERROR_ARGUMENT, "there are 0 points; expected at least 1");
+    if (n >= NOBODY) fail(EIMF_ERROR_ARGUMENT, "there are %zu points; at most %u are supported", n, NOBODY - 1);
+    if (d == 0 || !x) fail(EIMF_ERROR_ARGUMENT, "points have %zu dimensions; expected at least 1", d);
+    checked_product(checked_product(n, d), sizeof(float));
+    const double largest = largest_magnitude(x, n, d, "x");
+    if (largest * largest * 4 * static_cast<double>(d) * static_cast<double>(n) > 1e38)
+        fail(EIMF_ERROR_ARGUMENT, "squared distances could overflow float32 (largest component %.3g); scale the points down", largest);
 }
 
 }  // namespace
 }  // namespace eimf
 
 using namespace eimf;
+
+// Points with what runs over them share: which are equal, and the neighbour lists.
+struct eimf_points {
+    eimf_points(const float *x_, size_t n_, size_t d_, const double *preference, const eimf_ap_options &options)
+        : x(x_), n(n_), d(d_), memory(options.allocator, options.memory_limit), groups(merge_equal(x, n, d, preference)),
+          source(x, d, groups.first, groups.weight, kernels_for(options), memory), lists(source, memory) {}
+
+    // True if points with these preferences may be merged as they were: equal points share no exemplar if they are all their own.
+    bool suits(const std::vector<double> &preference) const {
+        return groups.first.size() == n || *std::max_element(preference.begin(), preference.end()) <= 0;
+    }
+
+    void run(const std::vector<double> &preference, const eimf_ap_options &options, int64_t *exemplars, int64_t *labels, eimf_ap_result *result) {
+        std::vector<uint32_t> representative = groups.first;  // of each group the point with the highest preference (equal: the first)
+        for (size_t i = 0; i < n; ++i)
+            if (preference[i] > preference[representative[groups.of[i]]]) representative[groups.of[i]] = static_cast<uint32_t>(i);
+        std::vector<double> merged;
+        for (const uint32_t i : representative) merged.push_back(preference[i]);
+        Team team(options.n_threads);
+        const Clustering found = Engine(source, lists, merged.data(), options, kernels_for(options), team, memory).run(result);
+
+        Clustering c;
+        c.net_similarity = found.net_similarity;
+        for (uint32_t e : found.exemplars) c.exemplars.push_back(representative[e]);
+        std::sort(c.exemplars.begin(), c.exemplars.end());
+        for (size_t i = 0; i < n; ++i) c.label.push_back(representative[found.label[groups.of[i]]]);
+        write_result(c, memory, exemplars, labels, result);
+    }
+
+    const float *x;
+    const size_t n, d;
+    Memory memory;
+    const Groups groups;
+    const Points source;
+    Lists lists;
+    std::atomic<bool> busy{false};  // one run at a time, as it may grow the lists
+};
 
 extern "C" eimf_ap_options eimf_ap_defaults(void) {
     eimf_ap_options options{};
@@ -878,31 +973,38 @@ extern "C" eimf_status eimf_affinity_propagation(const float *x, size_t n, size_
                                                  eimf_ap_result *result, eimf_error *error) {
     return guarded(error, [&] {
         const eimf_ap_options options = given ? *given : eimf_ap_defaults();
+        check_points(x, n, d);
         check_options(options, n, preference, n_preference);
-        if (d == 0 || !x) fail(EIMF_ERROR_ARGUMENT, "points have %zu dimensions; expected at least 1", d);
-        const double largest = largest_magnitude(x, n, d, "x");
-        if (largest * largest * 4 * static_cast<double>(d) * static_cast<double>(n) > 1e38)
-            fail(EIMF_ERROR_ARGUMENT, "squared distances could overflow float32 (largest component %.3g); scale the points down", largest);
-        const ScoreKernels *kernels = kernels_for(options);
         *result = {};
-        Memory memory(options.allocator, options.memory_limit);
         const std::vector<double> all = expand(preference, n_preference, n);
-        std::vector<uint32_t> group_of, representative, weight;
-        merge_equal(x, n, d, all, group_of, representative, weight);
-        std::vector<double> merged(representative.size());
-        for (size_t g = 0; g < merged.size(); ++g) merged[g] = all[representative[g]];
+        eimf_points(x, n, d, all.data(), options).run(all, options, exemplars, labels, result);
+    });
+}
 
-        Team team(options.n_threads);
-        const Points points(x, d, representative, weight, kernels, memory);
-        Engine engine(points, merged.data(), options, kernels, team, memory);
-        const Clustering groups = engine.run(result);
+extern "C" eimf_status eimf_points_create(const float *x, size_t n, size_t d, const eimf_ap_options *given, eimf_points **points, eimf_error *error) {
+    return guarded(error, [&] {
+        *points = nullptr;
+        const eimf_ap_options options = given ? *given : eimf_ap_defaults();
+        check_points(x, n, d);
+        *points = new eimf_points(x, n, d, nullptr, options);
+    });
+}
 
-        Clustering c;
-        c.net_similarity = groups.net_similarity;
-        for (uint32_t e : groups.exemplars) c.exemplars.push_back(representative[e]);
-        std::sort(c.exemplars.begin(), c.exemplars.end());
-        for (size_t i = 0; i < n; ++i) c.label.push_back(representative[groups.label[group_of[i]]]);
-        write_result(c, memory, exemplars, labels, result);
+extern "C" void eimf_points_destroy(eimf_points *points) { delete points; }
+
+extern "C" eimf_status eimf_points_affinity_propagation(eimf_points *points, const double *preference, size_t n_preference,
+                                                        const eimf_ap_options *given, int64_t *exemplars, int64_t *labels,
+                                                        eimf_ap_result *result, eimf_error *error) {
+    return guarded(error, [&] {
+        const eimf_ap_options options = given ? *given : eimf_ap_defaults();
+        check_options(options, points->n, preference, n_preference);
+        *result = {};
+        const std::vector<double> all = expand(preference, n_preference, points->n);
+        if (!points->suits(all)) return eimf_points(points->x, points->n, points->d, all.data(), options).run(all, options, exemplars, labels, result);
+        if (points->busy.exchange(true)) fail(EIMF_ERROR_ARGUMENT, "another run over these points is still going on; wait for its end, or create the points twice");
+        const std::unique_ptr<std::atomic<bool>, void (*)(std::atomic<bool> *)> release(&points->busy, [](std::atomic<bool> *busy) { *busy = false; });
+        points->memory.limit(options.memory_limit);
+        points->run(all, options, exemplars, labels, result);
     });
 }
 
@@ -920,7 +1022,8 @@ extern "C" eimf_status eimf_affinity_propagation_precomputed(const float *s, siz
         const std::vector<double> all = expand(preference, n_preference, n);
         Team team(options.n_threads);
         const Matrix matrix(s, n);
-        Engine engine(matrix, all.data(), options, kernels_for(options), team, memory);
+        Lists lists(matrix, memory);
+        Engine engine(matrix, lists, all.data(), options, kernels_for(options), team, memory);
         write_result(engine.run(result), memory, exemplars, labels, result);
     });
 }
@@ -954,7 +1057,8 @@ extern "C" eimf_status eimf_affinity_propagation_sparse(const int64_t *indptr, c
         const std::vector<double> all = expand(preference, n_preference, n);
         Team team(options.n_threads);
         const Graph graph(indptr, indices, similarity, n);
-        Engine engine(graph, all.data(), options, kernels_for(options), team, memory);
+        Lists lists(graph, memory);
+        Engine engine(graph, lists, all.data(), options, kernels_for(options), team, memory);
         write_result(engine.run(result), memory, exemplars, labels, result);
     });
 }

@@ -4,6 +4,7 @@
 
 #include <unistd.h>
 
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -163,6 +164,44 @@ Clustering affinity_propagation(const py::object &x, const py::object &preferenc
                    });
 }
 
+// Points for several runs. Keeps the array alive; nobody may write to it, which is the caller's part.
+class Points {
+public:
+    Points(const py::object &x, long long memory_limit) : x_(checked<float>(x, "x", "(n, d)", 2)) {
+        if (memory_limit < 0) throw py::value_error("memory_limit is negative; expected bytes, or 0 for no limit");
+        eimf_ap_options options = eimf_ap_defaults();
+        options.memory_limit = memory_limit ? static_cast<size_t>(memory_limit) : physical_memory();
+        eimf_points *points = nullptr;
+        eimf_error error{};
+        eimf_status status;
+        {
+            py::gil_scoped_release nogil;
+            status = eimf_points_create(static_cast<const float *>(x_.data()), static_cast<size_t>(x_.shape(0)), static_cast<size_t>(x_.shape(1)),
+                                        &options, &points, &error);
+        }
+        raise(status, error);
+        points_.reset(points);
+    }
+
+    Clustering affinity_propagation(const py::object &preference, double damping, long long max_iter, long long convergence_iter,
+                                    long long n_threads, long long memory_limit, const py::object &progress) {
+        return cluster(static_cast<size_t>(x_.shape(0)), preference, {damping, max_iter, convergence_iter, n_threads, memory_limit, progress},
+                       [&](const std::vector<double> &p, const eimf_ap_options &options, int64_t *exemplars, int64_t *labels,
+                           eimf_ap_result *result, eimf_error *error) {
+                           return eimf_points_affinity_propagation(points_.get(), p.data(), p.size(), &options, exemplars, labels, result, error);
+                       });
+    }
+
+    std::string repr() const { return "<eimf_core.Points: " + shape_text(x_) + ">"; }
+
+private:
+    struct Destroy {
+        void operator()(eimf_points *points) const { eimf_points_destroy(points); }
+    };
+    py::array x_;
+    std::unique_ptr<eimf_points, Destroy> points_;
+};
+
 Clustering affinity_propagation_sparse(const py::object &indptr, const py::object &indices, const py::object &similarity,
                                        const py::object &preference, double damping, long long max_iter, long long convergence_iter,
                                        long long n_threads, long long memory_limit, const py::object &progress) {
@@ -186,9 +225,39 @@ Clustering affinity_propagation_sparse(const py::object &indptr, const py::objec
 
 // -------------------------------------------------------------------------------------------------------------- top_n
 
+// A catalogue prepared for many calls. Keeps the array alive.
+class Items {
+public:
+    Items(const py::object &items, const std::string &kernel) : table_(checked<float>(items, "items", "(N, D)", 2)) {
+        const eimf_kernel chosen = kernel_named(kernel);
+        eimf_items *prepared = nullptr;
+        eimf_error error{};
+        eimf_status status;
+        {
+            py::gil_scoped_release nogil;
+            status = eimf_items_create(static_cast<const float *>(table_.data()), static_cast<size_t>(table_.shape(0)),
+                                       static_cast<size_t>(table_.shape(1)), chosen, nullptr, &prepared, &error);
+        }
+        raise(status, error);
+        prepared_.reset(prepared);
+    }
+    const py::array &table() const { return table_; }
+    const eimf_items *prepared() const { return prepared_.get(); }
+    std::string repr() const { return "<eimf_core.Items: " + shape_text(table_) + ">"; }
+
+private:
+    struct Destroy {
+        void operator()(eimf_items *prepared) const { eimf_items_destroy(prepared); }
+    };
+    py::array table_;
+    std::unique_ptr<eimf_items, Destroy> prepared_;
+};
+
 py::tuple top_n(const py::object &interests, const py::object &items, long long n, const py::object &exclude_indptr,
                 const py::object &exclude_indices, const py::object &allowed, long long n_threads, const std::string &kernel, bool reference) {
-    const py::array queries = checked<float>(interests, "interests", "(B, K, D)", 3), table = checked<float>(items, "items", "(N, D)", 2);
+    const py::array queries = checked<float>(interests, "interests", "(B, K, D)", 3);
+    const Items *prepared = py::isinstance<Items>(items) ? &items.cast<const Items &>() : nullptr;
+    const py::array table = prepared ? prepared->table() : checked<float>(items, "items", "(N, D)", 2);
     if (queries.shape(2) != table.shape(1))
         throw py::value_error("interests have shape " + shape_text(queries) + " and items " + shape_text(table) + "; expected (B, K, D) and (N, D) with the same D");
     if (n < 0) throw py::value_error("n is " + std::to_string(n) + "; expected 0 or more");
@@ -227,10 +296,14 @@ py::tuple top_n(const py::object &interests, const py::object &items, long long 
     eimf_status status;
     {
         py::gil_scoped_release nogil;
-        status = (reference ? eimf_top_n_reference : eimf_top_n)(
-            static_cast<const float *>(queries.data()), static_cast<size_t>(users), static_cast<size_t>(queries.shape(1)),
-            static_cast<size_t>(queries.shape(2)), static_cast<const float *>(table.data()), static_cast<size_t>(table.shape(0)),
-            static_cast<size_t>(n), &options, ids_data, scores_data, winner_data, &error);
+        const float *rows = static_cast<const float *>(queries.data());
+        const size_t b = static_cast<size_t>(users), k = static_cast<size_t>(queries.shape(1)), d = static_cast<size_t>(queries.shape(2));
+        if (prepared)
+            status = eimf_items_top_n(prepared->prepared(), rows, b, k, static_cast<size_t>(n), &options, ids_data, scores_data, winner_data, &error);
+        else
+            status = (reference ? eimf_top_n_reference : eimf_top_n)(rows, b, k, d, static_cast<const float *>(table.data()),
+                                                                     static_cast<size_t>(table.shape(0)), static_cast<size_t>(n), &options,
+                                                                     ids_data, scores_data, winner_data, &error);
     }
     raise(status, error);
     return py::make_tuple(ids, scores, winner);
@@ -301,6 +374,17 @@ progress: called as progress(iteration, exemplars) after each iteration; what it
 Equal points are merged first and other ties decided by index, without random numbers. Returns a Clustering. Raises
 ValueError for a wrong dtype, shape or layout, for NaN or infinities, and when memory does not suffice.)");
 
+    py::class_<Points>(m, "Points", R"(Points for several runs of affinity propagation, as a search for the preference makes them.
+
+Points(x, *, memory_limit=0): x float32 (n, d), kept and not copied; it must not change. The neighbour search, usually the largest
+part of a run, is done in the first run only. Each run gives what the function affinity_propagation gives. One at a time: a run
+while another one is going on, as from its progress callback, raises ValueError.)")
+        .def(py::init<const py::object &, long long>(), py::arg("x"), py::kw_only(), py::arg("memory_limit") = 0)
+        .def("affinity_propagation", &Points::affinity_propagation, py::arg("preference"), py::kw_only(), py::arg("damping") = 0.5,
+             py::arg("max_iter") = 200, py::arg("convergence_iter") = 15, py::arg("n_threads") = 0, py::arg("memory_limit") = 0,
+             py::arg("progress") = py::none(), "As the function of this name; memory_limit and peak_bytes count the lists that are kept.")
+        .def("__repr__", &Points::repr);
+
     m.def("affinity_propagation_sparse", &affinity_propagation_sparse, py::arg("indptr"), py::arg("indices"), py::arg("similarity"),
           py::arg("preference"), py::kw_only(), py::arg("damping") = 0.5, py::arg("max_iter") = 200, py::arg("convergence_iter") = 15,
           py::arg("n_threads") = 0, py::arg("memory_limit") = 0, py::arg("progress") = py::none(),
@@ -310,6 +394,14 @@ indptr: int64 (n + 1,). indices: int64 (edges,), row i's candidate exemplars, ea
 similarity: float32 (edges,). All other pairs count as minus infinity. The rest is as for affinity_propagation.
 A point without an edge to any exemplar gets label -1; `n_unassigned` counts them.)");
 
+    py::class_<Items>(m, "Items", R"(A catalogue prepared for many calls of top_n with few users each.
+
+Items(items, *, kernel='auto'): items float32 (N, D), kept and not copied; it must not change. Its vectors are checked once and
+also kept in the kernel's own order, which takes as much memory again. Threads may share one object.)")
+        .def(py::init<const py::object &, const std::string &>(), py::arg("items"), py::kw_only(), py::arg("kernel") = "auto")
+        .def_property_readonly("shape", [](const Items &items) { return py::make_tuple(items.table().shape(0), items.table().shape(1)); }, "(N, D)")
+        .def("__repr__", &Items::repr);
+
     m.def("top_n", [](const py::object &interests, const py::object &items, long long n, const py::object &exclude_indptr,
                       const py::object &exclude_indices, const py::object &allowed, long long n_threads, const std::string &kernel) {
               return top_n(interests, items, n, exclude_indptr, exclude_indices, allowed, n_threads, kernel, false);
@@ -318,7 +410,7 @@ A point without an edge to any exemplar gets label -1; `n_unassigned` counts the
           py::arg("exclude_indices") = py::none(), py::arg("allowed") = py::none(), py::arg("n_threads") = 0, py::arg("kernel") = "auto",
           R"(The n items with the highest score, score = maximum over a user's K interests of interest . item. Exact.
 
-interests: float32 (B, K, D). items: float32 (N, D), at most 2^32 - 2 rows.
+interests: float32 (B, K, D). items: float32 (N, D), at most 2^32 - 2 rows, or Items, which suits calls with few users.
 exclude_indptr, exclude_indices: int64 (B + 1,) and (excluded,): CSR lists of items that a user must not get.
 allowed: bool (N,): items that may be returned at all. n_threads: 0 for all cores.
 kernel: 'auto', 'scalar', 'avx2', 'avx512' or 'neon'; all give the same bits.

@@ -95,6 +95,12 @@ public:
         else std::free(memory);
     }
 
+    // From now on. The high-water mark starts anew.
+    void limit(size_t limit) {
+        limit_ = limit;
+        peak_ = held_.load();
+    }
+
     size_t held() const { return held_; }
     size_t peak() const { return peak_; }
 

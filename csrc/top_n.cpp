@@ -117,32 +117,44 @@ int32_t search_block(const TopNProblem &p, size_t first_user, size_t last_user, 
     }
 
     int32_t largest = 0;
-    float bias[64], best[8 * 64], threshold[8];
+    float bias[64] = {}, best[8 * 64], threshold[8];
     uint64_t above[8];
     const float *item[64];
     uint32_t id[64];
     for (size_t next = 0; next < p.n_items;) {
-        size_t filled = 0;
-        for (; next < p.n_items && filled < width; ++next) {
-            if (p.allowed && !p.allowed[next]) continue;
-            item[filled] = p.items + next * p.d;
-            bias[filled] = p.bias ? p.bias[next] : 0.0f;
-            id[filled++] = static_cast<uint32_t>(next);
+        const float *packed = panel.data();
+        uint64_t valid = 0;  // which of the panel's places hold an item; width < 64
+        if (p.panels) {
+            packed = p.panels + next * p.d;
+            for (size_t j = 0; j < width && next < p.n_items; ++j, ++next) {
+                bias[j] = p.bias ? p.bias[next] : 0.0f;
+                id[j] = static_cast<uint32_t>(next);
+                valid |= static_cast<uint64_t>(!p.allowed || p.allowed[next]) << j;
+            }
+            if (!valid) continue;
+        } else {
+            size_t filled = 0;
+            for (; next < p.n_items && filled < width; ++next) {
+                if (p.allowed && !p.allowed[next]) continue;
+                item[filled] = p.items + next * p.d;
+                bias[filled] = p.bias ? p.bias[next] : 0.0f;
+                id[filled++] = static_cast<uint32_t>(next);
+            }
+            if (filled == 0) break;
+            std::fill(item + filled, item + width, item[0]);  // repeats, which `valid` takes out again
+            std::fill(bias + filled, bias + width, 0.0f);
+            largest = std::max(largest, kernels.pack(item, p.d, panel.data()));
+            valid = (uint64_t{1} << filled) - 1;
         }
-        if (filled == 0) break;
-        std::fill(item + filled, item + width, item[0]);  // repeats, which `valid` takes out again
-        std::fill(bias + filled, bias + width, 0.0f);
-        largest = std::max(largest, kernels.pack(item, p.d, panel.data()));
-        const uint64_t valid = (uint64_t{1} << filled) - 1;  // width < 64
 
         for (size_t u = 0; u < users; u += users_per_tile) {
             const size_t here = std::min(users_per_tile, users - u);
             for (size_t v = 0; v < here; ++v) threshold[v] = candidates[u + v].threshold;
             if (p.k <= kernels.rows) {
-                kernels.tile_best(panel.data(), bias, &queries[u * row], here, p.k, p.d, threshold, best, above);
+                kernels.tile_best(packed, bias, &queries[u * row], here, p.k, p.d, threshold, best, above);
             } else {
                 for (size_t r = 0; r < p.k; r += kernels.rows)
-                    kernels.tile(panel.data(), bias, &queries[u * row] + r * p.d, std::min(kernels.rows, p.k - r), p.d, &scores[r * width]);
+                    kernels.tile(packed, bias, &queries[u * row] + r * p.d, std::min(kernels.rows, p.k - r), p.d, &scores[r * width]);
                 above[0] = kernels.best(scores.data(), p.k, threshold[0], best);
             }
             for (size_t v = 0; v < here; ++v) {
@@ -288,39 +300,94 @@ using namespace eimf;
 
 extern "C" eimf_top_n_options eimf_top_n_defaults(void) { return eimf_top_n_options{}; }
 
+// A catalogue in panels.
+struct eimf_items {
+    eimf_items(const float *items_, size_t n_items_, size_t d_, const ScoreKernels *kernels_, const eimf_allocator &allocator)
+        : items(items_), n_items(n_items_), d(d_), kernels(kernels_), memory(allocator, 0),
+          largest(largest_magnitude(items, n_items, d, "items")),
+          panels(memory, checked_product(checked_product((n_items + kernels->width - 1) / kernels->width, kernels->width), d)) {
+        const size_t width = kernels->width;
+        const float *item[64];
+        for (size_t first = 0; first < n_items; first += width) {
+            for (size_t j = 0; j < width; ++j) item[j] = items + std::min(first + j, n_items - 1) * d;
+            kernels->pack(item, d, &panels[first * d]);
+        }
+    }
+
+    const float *items;
+    const size_t n_items, d;
+    const ScoreKernels *kernels;
+    Memory memory;
+    const float largest;
+    Buffer<float> panels;
+};
+
+namespace {
+
+// `prepared` may be nullptr.
+void run(const Request &q, const eimf_items *prepared, int64_t *ids, float *scores, int32_t *interest) {
+    check(q);
+    const ScoreKernels *kernels = prepared && q.options.kernel == EIMF_KERNEL_AUTO ? prepared->kernels : score_kernels(q.options.kernel);
+    if (!kernels) fail(EIMF_ERROR_ARGUMENT, "kernel %d is not available on this CPU", static_cast<int>(q.options.kernel));
+    if (prepared && kernels != prepared->kernels)
+        fail(EIMF_ERROR_ARGUMENT, "the items were prepared for kernel %s; expected it or EIMF_KERNEL_AUTO, found %s", prepared->kernels->name, kernels->name);
+    Memory memory(q.options.allocator, 0);
+    const int64_t *indptr = q.options.exclude_indptr;
+    const size_t n_excluded = indptr ? static_cast<size_t>(indptr[q.users]) : 0;
+    Buffer<uint32_t> excluded(memory, n_excluded);  // each user's, ascending
+    for (size_t e = 0; e < n_excluded; ++e) excluded[e] = static_cast<uint32_t>(q.options.exclude_indices[e]);
+    for (size_t u = 0; n_excluded && u < q.users; ++u) std::sort(excluded.data() + indptr[u], excluded.data() + indptr[u + 1]);
+
+    TopNProblem problem{kernels, q.items, q.n_items, q.d, nullptr, q.options.allowed, q.users, q.k, q.n, prepared ? prepared->panels.data() : nullptr, {}, {}, {}};
+    problem.rows = [&](size_t user) { return q.interests + user * q.k * q.d; };
+    if (n_excluded)
+        problem.accepts = [&](size_t user, uint32_t id) {
+            return !std::binary_search(excluded.data() + indptr[user], excluded.data() + indptr[user + 1], id);
+        };
+    problem.result = [&](size_t user, const RankKey *keys, const int32_t *winner, size_t count) {
+        for (size_t j = 0; j < count; ++j) {
+            const size_t at = user * q.n + j;
+            ids[at] = key_id(keys[j]);
+            scores[at] = key_score(keys[j]);
+            interest[at] = winner[j];
+        }
+        pad(count, q.n, ids + user * q.n, scores + user * q.n, interest + user * q.n);
+    };
+    Team team(std::min(q.options.n_threads ? q.options.n_threads : std::thread::hardware_concurrency(), q.users));
+    largest_magnitude(q.interests, q.users, q.k * q.d, "interests");
+    if (prepared) check_magnitudes(q, prepared->largest);
+    const float seen = top_n(problem, team, memory);
+    if (!prepared) check_magnitudes(q, seen);  // the items are seen on the way
+}
+
+}  // namespace
+
 extern "C" eimf_status eimf_top_n(const float *interests, size_t users, size_t n_interests, size_t dim, const float *items,
                                   size_t n_items, size_t n, const eimf_top_n_options *options, int64_t *ids, float *scores,
                                   int32_t *interest, eimf_error *error) {
     return guarded(error, [&] {
-        const Request q{interests, users, n_interests, dim, items, n_items, n, options ? *options : eimf_top_n_defaults()};
-        check(q);
-        const ScoreKernels *kernels = score_kernels(q.options.kernel);
-        if (!kernels) fail(EIMF_ERROR_ARGUMENT, "kernel %d is not available on this CPU", static_cast<int>(q.options.kernel));
-        Memory memory(q.options.allocator, 0);
-        const int64_t *indptr = q.options.exclude_indptr;
-        const size_t n_excluded = indptr ? static_cast<size_t>(indptr[users]) : 0;
-        Buffer<uint32_t> excluded(memory, n_excluded);  // each user's, ascending
-        for (size_t e = 0; e < n_excluded; ++e) excluded[e] = static_cast<uint32_t>(q.options.exclude_indices[e]);
-        for (size_t u = 0; n_excluded && u < users; ++u) std::sort(&excluded[indptr[u]], &excluded[indptr[u + 1]]);
+        run({interests, users, n_interests, dim, items, n_items, n, options ? *options : eimf_top_n_defaults()}, nullptr, ids, scores, interest);
+    });
+}
 
-        TopNProblem problem{kernels, items, n_items, dim, nullptr, q.options.allowed, users, n_interests, n, {}, {}, {}};
-        problem.rows = [&](size_t user) { return interests + user * n_interests * dim; };
-        if (n_excluded)
-            problem.accepts = [&](size_t user, uint32_t id) {
-                return !std::binary_search(&excluded[indptr[user]], &excluded[indptr[user + 1]], id);
-            };
-        problem.result = [&](size_t user, const RankKey *keys, const int32_t *winner, size_t count) {
-            for (size_t j = 0; j < count; ++j) {
-                const size_t at = user * n + j;
-                ids[at] = key_id(keys[j]);
-                scores[at] = key_score(keys[j]);
-                interest[at] = winner[j];
-            }
-            pad(count, n, ids + user * n, scores + user * n, interest + user * n);
-        };
-        Team team(std::min(q.options.n_threads ? q.options.n_threads : std::thread::hardware_concurrency(), users));
-        largest_magnitude(interests, users, n_interests * dim, "interests");
-        check_magnitudes(q, top_n(problem, team, memory));  // the items are seen on the way
+extern "C" eimf_status eimf_items_create(const float *items, size_t n_items, size_t dim, eimf_kernel kernel, const eimf_allocator *allocator,
+                                         eimf_items **prepared, eimf_error *error) {
+    return guarded(error, [&] {
+        *prepared = nullptr;
+        check({nullptr, 0, 1, dim, items, n_items, 0, eimf_top_n_defaults()});
+        const ScoreKernels *kernels = score_kernels(kernel);
+        if (!kernels) fail(EIMF_ERROR_ARGUMENT, "kernel %d is not available on this CPU", static_cast<int>(kernel));
+        *prepared = new eimf_items(items, n_items, dim, kernels, allocator ? *allocator : eimf_allocator{});
+    });
+}
+
+extern "C" void eimf_items_destroy(eimf_items *prepared) { delete prepared; }
+
+extern "C" eimf_status eimf_items_top_n(const eimf_items *prepared, const float *interests, size_t users, size_t n_interests, size_t n,
+                                        const eimf_top_n_options *options, int64_t *ids, float *scores, int32_t *interest, eimf_error *error) {
+    return guarded(error, [&] {
+        run({interests, users, n_interests, prepared->d, prepared->items, prepared->n_items, n, options ? *options : eimf_top_n_defaults()}, prepared,
+            ids, scores, interest);
     });
 }
 

@@ -36,6 +36,7 @@ struct TopNProblem {
     const uint8_t *allowed;  // (n_items) or nullptr
     size_t users, k;         // a user has k query rows
     size_t n;                // how many to find
+    const float *panels = nullptr;  // the items packed by `kernels`, (ceil(n_items / width), d, width), or nullptr: pack on the way
 
     // (k, d) query rows of a user.
     std::function<const float *(size_t user)> rows;
@@ -45,7 +46,7 @@ struct TopNProblem {
     std::function<void(size_t user, const RankKey *keys, const int32_t *winner, size_t count)> result;
 };
 
-// Returns the largest magnitude among the items looked at; infinity or NaN if one is not finite, and then the results mean nothing.
+// Returns the largest magnitude among the items packed on the way; infinity or NaN if one is not finite, and then the results mean nothing.
 float top_n(const TopNProblem &problem, Team &team, Memory &memory);
 
 // Fails unless all values are finite; returns their largest magnitude. `what` names the array in the message.

@@ -27,14 +27,16 @@ the same time keep the order of the file.
 from pathlib import Path
 
 import numpy as np
+from numpy.dtypes import StringDType
+
 from eimf.artifacts import Stage, UserError, argument_parser, run, save_array, save_json, save_lines
 from eimf.data import TEST, TRAIN, VALID
-from eimf.download import BASE_URL, download
 from eimf.readers import FORMATS, Report, detect, read_events, read_items
 
 INTERACTION_NAMES = ("reviews_{}_5.json", "reviews_{}.json", "{}_5.json", "{}.jsonl", "{}.json", "{}.inter",
                      "{}/{}.inter", "{}.csv", "{}.tsv")
 ITEM_NAMES = ("meta_{}.json", "meta_{}.jsonl", "{}.item", "{}/{}.item", "{}_items.csv", "{}_items.tsv")
+BLOCK = 1 << 18  # events; NumPy widens int32 indices to int64, which for all events at once would take as much as the columns
 
 
 def parse_arguments(argv):
@@ -44,7 +46,7 @@ def parse_arguments(argv):
     parser.add_argument("--interactions", type=Path, help="the interactions' file, whatever its name")
     parser.add_argument("--items", type=Path, help="the item metadata's file, whatever its name")
     parser.add_argument("--download", action="store_true", help="fetch the public Amazon 2014 files into --raw-dir first")
-    parser.add_argument("--base-url", default=BASE_URL, help="where --download finds them")
+    parser.add_argument("--base-url", help="where --download finds them (default: the server of the public files)")
     parser.add_argument("--format", default="auto", choices=["auto", *FORMATS], help="format of the interactions")
     for name in ("user", "item", "time", "title", "category", "brand"):
         parser.add_argument(f"--{name}-column", help=f"field of the {name} (default: the format's own name)")
@@ -76,7 +78,8 @@ def locate(args):
         return args.interactions, args.items
     folder, source = args.raw_dir or args.data_dir / "raw", args.source or args.dataset
     if args.download:
-        download(source, folder, args.base_url)
+        from eimf.download import BASE_URL, download  # not above: `requests` takes 7 MiB that few runs need
+        download(source, folder, args.base_url or BASE_URL)
     interactions, tried = find(folder, INTERACTION_NAMES, source)
     if interactions is None:
         advice = ("python data/make_sample.py makes the sample's files" if source == "sample" else
@@ -119,17 +122,25 @@ def ordered(columns):
     if len(copies):
         keep = np.ones(len(users), bool)
         keep[copies] = False
-        users, items, times = users[keep], items[keep], times[keep]
+        users = users[keep]
+        items = items[keep]
+        times = times[keep]
     return users, items, times, len(copies)
 
 
 def frequent(users, items, minimum, repeat):
     """Mask of the events whose item, then user, has at least `minimum` events (paper, 4.1); until stable on `repeat`."""
     keep = np.ones(len(users), bool)
+    blocks = [slice(start, start + BLOCK) for start in range(0, len(users), BLOCK)]
     while True:
         before = np.count_nonzero(keep)
         for ids in (items, users):
-            keep &= (np.bincount(ids[keep], minlength=ids.max() + 1) >= minimum)[ids]
+            count = np.zeros(ids.max() + 1, np.int64)
+            for block in blocks:
+                count += np.bincount(ids[block][keep[block]], minlength=len(count))
+            enough = count >= minimum
+            for block in blocks:
+                keep[block] &= enough[ids[block]]
         if not repeat or np.count_nonzero(keep) == before:
             return keep
 
@@ -165,13 +176,10 @@ def split_users(n, kind, seed):
 
 
 def add_metadata(rows, path, form, given, report):
-    """Fill in `rows` (of items.jsonl, by id) from the metadata; each field comes from the first line that has it."""
+    """Fill in `rows` (id -> title, categories, brand) from the metadata; each comes from the first line that has it."""
     required = [column for column in ("title", "categories", "brand") if column in given]
-    for key, title, categories, brand in read_items(path, form, FORMATS[form] | given, rows, report, required):
-        row = rows[key]
-        row["title"] = row["title"] or title
-        row["categories"] = row["categories"] or categories
-        row["brand"] = row["brand"] or brand
+    for key, *fields in read_items(path, form, FORMATS[form] | given, rows, report, required):
+        rows[key] = tuple(old or new for old, new in zip(rows[key], fields))
 
 
 def main(argv=None):
@@ -193,23 +201,26 @@ def main(argv=None):
     scale = 1 if (args.time_unit or ("ms" if form == "amazon-2023" else "s")) == "ms" else 1000
     report = Report(interactions)
     *columns, user_index, item_index = read_events(interactions, form, FORMATS[form] | given, scale, report)
-    user_ids, item_ids = list(user_index), list(item_index)
-    del user_index, item_index
+    user_ids, item_ids = (np.array(list(index), StringDType()) for index in (user_index, item_index))  # a third of Python's str
+    user_index.clear()
+    item_index.clear()
     read = len(columns[0])
     if not read:
         raise UserError(f"{interactions}: no interactions, only blank lines")
     users, items, times, copies = ordered(columns)
     keep = frequent(users, items, args.min_interactions, args.k_core)
-    users, items, times = users[keep], items[keep], times[keep]
+    users = users[keep]  # one after the other, so that only one column is there twice
+    items = items[keep]
+    times = times[keep]
     if not len(users):
         raise UserError(f"{interactions}: nothing is left of {read:,} interactions by {len(user_ids):,} users with "
                         f"{len(item_ids):,} items when each needs {args.min_interactions}; lower --min-interactions")
 
     kept_users, offsets, kept_items, items = renumbered(users, items)
+    del users, keep
     split = split_users(len(kept_users), args.split, args.seed)
 
-    rows = {item_ids[i]: {"item": n, "id": item_ids[i], "title": None, "categories": [], "brand": None}
-            for n, i in enumerate(kept_items, 1)}
+    rows = dict.fromkeys(item_ids[kept_items].tolist(), (None, [], None))
     reports = [report]
     if metadata is not None:
         item_form = detect(metadata, given.values())
@@ -218,16 +229,17 @@ def main(argv=None):
         add_metadata(rows, metadata, item_form, given if same_kind else {}, reports[1])
     elif not form.startswith("amazon"):  # titles may stand beside the interactions
         add_metadata(rows, interactions, form, given, Report(interactions))
-    rows = list(rows.values())
 
     for r in reports:
         if r.broken:
             stage.log.warning("%s: %d of %d lines are broken and left out; the first is line %d: %s (more in stats.json)",
                               r.path, r.broken, r.lines, r.examples[0]["line"], r.examples[0]["reason"])
-    save_lines(folder / "items.jsonl", rows)
-    save_lines(folder / "users.txt", (user_ids[u] for u in kept_users))
+    save_lines(folder / "items.jsonl", ({"item": n, "id": key, "title": title, "categories": categories, "brand": brand}
+                                        for n, (key, (title, categories, brand)) in enumerate(rows.items(), 1)))
+    save_lines(folder / "users.txt", user_ids[kept_users])
     save_array(folder / "sequence_items.npy", items)
-    save_array(folder / "sequence_times.npy", times // 1000)
+    times //= 1000
+    save_array(folder / "sequence_times.npy", times)
     save_array(folder / "sequence_offsets.npy", offsets)
     save_array(folder / "split.npy", split)
     train, valid, test = np.bincount(split, minlength=3).tolist()
@@ -235,8 +247,8 @@ def main(argv=None):
         "users": len(kept_users), "items": len(kept_items), "interactions": len(items),
         "mean_length": round(len(items) / len(kept_users), 3), "split": args.split,
         "train_users": train, "valid_users": valid, "test_users": test,
-        "items_with_title": sum(row["title"] is not None for row in rows),
-        "items_with_categories": sum(bool(row["categories"]) for row in rows),
+        "items_with_title": sum(title is not None for title, _, _ in rows.values()),
+        "items_with_categories": sum(bool(categories) for _, categories, _ in rows.values()),
         "events_read": read, "duplicates_dropped": copies, "filtered_out": read - copies - len(items),
         "broken_lines": sum(r.broken for r in reports), "files": [r.as_dict() for r in reports],
     }

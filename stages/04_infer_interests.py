@@ -30,7 +30,6 @@ prints the outcomes, the users on the fallback, tokens and cost. Exit codes: 0 f
 arguments; 3 stopped before all had an answer, run again to go on; 4 finished, but more than --max-fallback of the users are
 on the fallback.
 """
-import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -39,14 +38,13 @@ import numpy as np
 from tqdm import tqdm
 
 from eimf import artifacts
-from eimf.artifacts import Stage, UserError, atomic, load_array, save_array, save_json, save_lines
-from eimf.chat import Budget, ChatClient, find_endpoint
+from eimf.artifacts import Stage, UserError, load_array, save_array, save_json, save_lines
+from eimf.chat import Budget, ChatClient, find_endpoint, request_tokens
 from eimf.data import load_interactions, load_items, load_user_ids
 from eimf.interests import PROMPTS, check_template
-from eimf.llm import Journal, Local, Offline, Recorded, Responses, Stopped, usage_of
+from eimf.llm import TOKENS, Journal, Local, Offline, Recorded, Responses, Stopped, usage_of
 from eimf.offline import Summarizer
 from eimf.prompts import Prompts, leakage, token_counter
-
 
 
 def parse_arguments(argv):
@@ -146,13 +144,13 @@ def ask(prompts, backend, journal, args, log):
     rounds = args.answer_attempts if args.llm in ("openai", "local") else 1
     for number in range(rounds):
         again = None if number == 0 else lambda entry, index: not prompts.parse(entry, index).usable
-        todo = sum(1 for _ in prompts.pending(journal, args.shard, again, reuse))
+        todo = list(prompts.pending(journal, args.shard, again, reuse))
         if not todo:
             continue
         if number:
-            log(f"{todo} answers cannot be used and are asked for again")
-        with tqdm(total=todo, desc=f"{args.llm} answers", unit="answer") as bar:
-            for entry in backend.answers(prompts.pending(journal, args.shard, again, reuse)):
+            log(f"{len(todo)} answers cannot be used and are asked for again")
+        with tqdm(total=len(todo), desc=f"{args.llm} answers", unit="answer") as bar:
+            for entry in backend.answers(map(prompts.request, todo)):
                 if reuse or journal.get(entry["key"]) != entry:
                     journal.add(entry)
                 bar.update()
@@ -160,10 +158,9 @@ def ask(prompts, backend, journal, args, log):
 
 def import_responses(path, prompts, journal, args, log):
     """Journal the answers of a Batch output file that belong to this run's requests."""
-    responses = Responses(path, "hash")
-    recorded = Recorded(responses, prompts.model)
-    taken = 0
-    for entry in recorded.answers(prompts.pending(journal, args.shard)):
+    responses, taken = Responses(path, "hash"), 0
+    todo = prompts.pending(journal, args.shard)
+    for entry in Recorded(responses, prompts.model).answers(map(prompts.request, todo)):
         if entry["response"]:
             journal.add(entry | {"source": args.llm})
             taken += 1
@@ -172,26 +169,22 @@ def import_responses(path, prompts, journal, args, log):
 
 def export(prompts, journal, args):
     """Write what has no answer yet as OpenAI Batch input."""
-    n = 0
-    with atomic(args.export_requests) as file:
-        for request in prompts.pending(journal, args.shard):
-            file.write(json.dumps(request.batch_line(), ensure_ascii=False) + "\n")
-            n += 1
-    print(f"{n} requests without an answer written to {args.export_requests}; bring the answers back with --import-responses")
+    todo = list(prompts.pending(journal, args.shard))
+    save_lines(args.export_requests, (prompts.request(index).batch_line() for index in todo))
+    print(f"{len(todo)} requests without an answer written to {args.export_requests}; bring the answers back with "
+          "--import-responses")
 
 
 def estimate(prompts, journal, args):
     """Print prompts, tokens and cost of what has no answer yet."""
-    n = tokens = 0
-    for request in prompts.pending(journal, args.shard):
-        n += 1
-        tokens += sum(prompts.count(message["content"]) + 8 for message in request.body["messages"])
-    known = [usage_of(journal.get(key))[1] for key in dict.fromkeys(filter(None, prompts.keys)) if journal.answers(key)]
+    todo = list(prompts.pending(journal, args.shard))
+    tokens = sum(request_tokens(prompts.request(index).body, prompts.count) for index in todo)
+    known = [usage_of(answer)["completion_tokens"] for answer in journal.answered(prompts.distinct())]
     typical = float(np.mean(known)) if any(known) else min(120, args.max_tokens)
     how = "counted" if args.tokenizer or args.llm == "local" else "estimated"
-    print(f"{len(prompts.keys)} prompts, {n} without an answer: {tokens} prompt tokens ({how}), about {typical * n:.0f} and at "
-          f"most {args.max_tokens * n} answer tokens")
-    price = [args.price_in * tokens / 1e6 + args.price_out * out * n / 1e6 for out in (typical, args.max_tokens)]
+    print(f"{len(prompts)} prompts, {len(todo)} without an answer: {tokens} prompt tokens ({how}), about "
+          f"{typical * len(todo):.0f} and at most {args.max_tokens * len(todo)} answer tokens")
+    price = [args.price_in * tokens / 1e6 + args.price_out * out * len(todo) / 1e6 for out in (typical, args.max_tokens)]
     print(f"cost: about {price[0]:.4f}, at most {price[1]:.4f}" if args.price_in or args.price_out else
           "cost: give --price-in and --price-out for an estimate")
 
@@ -246,18 +239,17 @@ def main(argv=None):
             ask(prompts, backend, journal, args, stage.log.info)
     except Stopped as stop:
         left = sum(1 for _ in prompts.pending(journal, args.shard))
-        stage.log.error(f"stopped: {stop}. {left} of {len(prompts.keys)} prompts have no answer; the same command goes on")
+        stage.log.error(f"stopped: {stop}. {left} of {len(prompts)} prompts have no answer; the same command goes on")
         return 3
     finally:
         backend.close()
     if args.shard:
-        stage.finish({"answers": sum(1 for key in journal.index if journal.answers(key))},
-                     outputs=["requests.jsonl", "responses.jsonl"])
-        stage.log.info(f"shard {args.shard}: {len(journal.index)} requests finished; a run without --shard joins the shards")
+        stage.finish({"requests": len(journal)}, outputs=["requests.jsonl", "responses.jsonl"])
+        stage.log.info(f"shard {args.shard}: {len(journal)} requests finished; a run without --shard joins the shards")
         return 0
-    open_ = sum(1 for key in prompts.keys if key and key not in journal.index)
+    open_ = sum(key not in journal for key in prompts.distinct())
     if open_ and not args.finish_anyway:
-        stage.log.error(f"{open_} of {len(prompts.keys)} prompts were never asked. Ask them without --import-responses and "
+        stage.log.error(f"{open_} of {len(prompts)} prompts were never asked. Ask them without --import-responses and "
                         "--reparse, or give these users their titles with --finish-anyway")
         return 3
     return finish(stage, folder, prompts, journal, backend, report, args)
@@ -265,30 +257,29 @@ def main(argv=None):
 
 def finish(stage, folder, prompts, journal, backend, report, args):
     """Write the results. Returns the exit code."""
-    outcomes, sources, reasons, sizes = Counter(), Counter(), Counter(), []
+    outcomes, sources, reasons, total = Counter(), Counter(), Counter(), Counter()
     name = "groups" if args.task == "partition" else "interests"
 
     def rows():
-        for index in range(len(prompts.keys)):
+        for index in range(len(prompts)):
             row = prompts.row(index, journal)
             outcomes[row["outcome"]] += 1
             sources[row["source"]] += 1
             if row["outcome"] == "failed":
                 reasons[row["notes"][0].split(":")[0]] += 1
-            sizes.append(len(row[name]))
+            total[name] += len(row[name])
             yield row
     save_lines(folder / f"{name}.jsonl", rows())
     save_array(folder / "seen_events.npy", np.stack([prompts.shown_start, prompts.end], axis=1).astype(np.int64))
     save_json(folder / "leakage.json", report)
-    answered = [key for key in dict.fromkeys(filter(None, prompts.keys)) if journal.answers(key)]
-    tokens = np.sum([usage_of(journal.get(key)) for key in answered] or [(0, 0)], axis=0)
-    usage = {"task": args.task, "llm": args.llm, "model": backend.model, "prompts": len(prompts.keys),
+    for answer in journal.answered(prompts.distinct()):
+        total.update(usage_of(answer))
+    usage = {"task": args.task, "llm": args.llm, "model": backend.model, "prompts": len(prompts),
              "outcomes": dict(sorted(outcomes.items())), "sources": dict(sorted(sources.items())),
              "fallback": sources["titles"], "failed_because": dict(sorted(reasons.items())),
-             f"{name}_mean": float(np.mean(sizes)) if sizes else 0.0,
-             "prompt_tokens": int(tokens[0]), "completion_tokens": int(tokens[1]),
-             "cost": round(float(tokens[0] * args.price_in + tokens[1] * args.price_out) / 1e6, 6),
-             "truncated_histories": prompts.truncated}
+             f"{name}_mean": total[name] / max(1, len(prompts)), **{kind: total[kind] for kind in TOKENS},
+             "cost": round((total["prompt_tokens"] * args.price_in + total["completion_tokens"] * args.price_out) / 1e6, 6),
+             "truncated_histories": report["truncated_histories"]}
     save_json(folder / "usage.json", usage)
     calls = getattr(backend, "counts", {})
     journal.close()
@@ -298,7 +289,7 @@ def finish(stage, folder, prompts, journal, backend, report, args):
                    + ", ".join(f"{n} {outcome}" for outcome, n in usage["outcomes"].items())
                    + f"; {usage['fallback']} on the fallback; {usage[f'{name}_mean']:.1f} {name} a user")
     stage.log.info(f"{usage['prompt_tokens']} prompt and {usage['completion_tokens']} answer tokens, cost {usage['cost']:g}; "
-                   f"{prompts.truncated} histories truncated" + (f"; {calls}" if calls else ""))
+                   f"{usage['truncated_histories']} histories truncated" + (f"; {calls}" if calls else ""))
     if usage["fallback"] > args.max_fallback * max(1, usage["prompts"]):
         stage.log.error(f"more than --max-fallback {args.max_fallback:g} of the users are on the fallback")
         return 4

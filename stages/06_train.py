@@ -1,7 +1,7 @@
 """Train a multi-interest model, alone or taught by explicit interests (EIMF; paper, 3.3-3.5 and Eq. 5-15).
 
 Reads   01_preprocess/  sequences, split
-        02_encode_text/ item_text.npy float32 (items + 1, d_t), item_has_text.npy bool           with --eimf only
+        02_encode_text/ item_text.npy float32 (items + 1, d_t), item_has_text.npy bool           with --eimf or --item-text
         03_cluster_users/ cluster_of_user.npy int32 (users,)                                      with --eimf only
         04_infer_interests/ interests.jsonl, for the labels                                       with --eimf only
         05_encode_interests/ interest_vectors.npy float32 (all, d_t), interest_offsets.npy int64  with --eimf only
@@ -13,7 +13,8 @@ Writes  06_train/<run>/
         label_vectors.npy float32 (labels, D), labels.jsonl, labels.json: explicit interests in the aligned space, their
                           texts and who wrote them                                                 with --eimf only
         config.json       settings, best iteration, validation metrics
-        log.jsonl         one line per validation: iteration, loss terms, metrics, seconds
+        log.jsonl         one line per validation: iteration, loss terms, metrics, seconds so far,
+                          and seconds of the validation itself
         checkpoint/       last.safetensors, from which a killed run goes on with the same result
 
     python stages/06_train.py --dataset sample --backbone remi --eimf
@@ -21,28 +22,32 @@ Writes  06_train/<run>/
 A run is named <backbone>[-eimf][-<control>]-s<seed>. On the sample it prints the best iteration and its validation
 Recall@50. Shapes: B batch, L history length, K interests, M explicit interests, D dimension, N items, d_t text dimension.
 """
+import copy
 import json
 import math
 import time
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
+import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
 from eimf import backbones, losses
-from eimf.artifacts import Stage, UserError, argument_parser, atomic, load_array, run, save_array, save_json, save_lines
+from eimf.artifacts import Stage, UserError, argument_parser, run, save_array, save_json, save_lines
+from eimf.checkpoint import load_checkpoint, save_checkpoint
 from eimf.data import load_interactions, load_items, padded
 from eimf.export import save_export
 from eimf.metrics import hit_matrix, per_user
+from eimf.model import BehaviouralModel, Popularity
 from eimf.ranking import interests_of, rank, targets_of
-from eimf.teacher import Teacher, load_text, save_labels
+from eimf.teacher import Teacher, load_item_text, load_text, save_labels
 
-# Spread of the initial item vectors. The REMI authors' code has sqrt(2 / D) = 0.18, with which Office reaches a validation
-# Recall@50 of .204 (test .214) and with 0.02 .210 (test .251); Beauty leaves the flat start of training later with 0.02.
-INIT_STD = 0.05
+# What a recipe sets, unless a flag says otherwise; the paper's is every flag's default.
+RECIPES = {
+    "paper": {},
+    "best": {"item_text": "add", "dropout": 0.3},
+}
 
 
 def parse(argv):
@@ -78,9 +83,20 @@ def parse(argv):
     add("--no-alignment", action="store_true", help="ablation: without Eq. 10-12; the next two leave out one half")
     add("--no-align-user", action="store_true", help="ablation: no alignment of explicit and implicit interest (Eq. 10)")
     add("--no-align-item", action="store_true", help="ablation: no alignment of title and item vector (Eq. 11)")
+    add("--item-text", choices=["none", "init", "add"], default="none", help="text in the item vectors: as their first values, or "
+        "added through a learned map, so that an item without clicks has a useful vector too (paper: none); llm2bert4rec: init")
+    add("--score-temperature", type=float, default=0.0,
+        help="score items by the cosine with an interest, divided by this; 0 is the dot product (paper: 0)")
+    add("--weight-decay", type=float, default=0.0, help="AdamW's (paper: 0)")
+    add("--schedule", choices=["constant", "cosine"], default="constant",
+        help="of the learning rate: cosine falls to 0 at --max-iterations (paper: constant)")
+    add("--average", type=float, default=0.0, help="validate and export a moving average of the weights with this decay (paper: 0)")
+    add("--recipe", choices=list(RECIPES), default="paper", help="settings that are flags' defaults: the paper's, or the ones that won on validation")
     add("--max-iterations", type=int, default=20000, help="training steps at most")
     add("--validate-every", type=int, default=200, help="steps between validations (paper: 200)")
     add("--patience", type=int, default=10, help="validations without a better Recall@50 before stopping")
+    add("--precision", choices=["auto", "float32", "bfloat16"], default="auto",
+        help="of the large matrix products; auto is bfloat16 where the hardware multiplies it natively")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--threads", type=int, default=0, help="CPU threads; 0 means all cores")
     args = parser.parse_args(argv)
@@ -91,7 +107,7 @@ def parse(argv):
         backbone = backbones.backbone_class(args.backbone)
         if unknown := backbone.defaults.keys() - vars(args).keys():
             raise UserError(f"--backbone {args.backbone}: defaults of {', '.join(sorted(unknown))}, which are no flags of this stage")
-        parser.set_defaults(**backbone.defaults)
+        parser.set_defaults(**backbone.defaults | RECIPES[args.recipe])
         args = parser.parse_args(argv)
     for name in ("dim", "interests", "max_len", "batch_size", "negatives", "max_iterations", "validate_every", "patience"):
         if getattr(args, name) < 1:
@@ -100,8 +116,12 @@ def parse(argv):
         parser.error(f"--sampling {args.sampling} is for --loss sampled; {args.loss} has no correction for it")
     if not 0 <= args.calibration <= 1:
         parser.error(f"--calibration must be from 0 to 1, got {args.calibration}")
-    if not 0 <= args.dropout < 1:
-        parser.error(f"--dropout must be at least 0 and below 1, got {args.dropout}")
+    for name in ("dropout", "average"):
+        if not 0 <= getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 0 and below 1, got {getattr(args, name)}")
+    for name in ("score_temperature", "weight_decay"):
+        if not 0 <= getattr(args, name) < math.inf:
+            parser.error(f"--{name.replace('_', '-')} must be at least 0, got {getattr(args, name)}")
     if args.control and not args.eimf:
         parser.error("--control needs --eimf")
     if args.backbone == "pop" and args.eimf:
@@ -110,40 +130,6 @@ def parse(argv):
         parts = [args.backbone.rpartition(":")[2], "eimf" if args.eimf else None, args.control, f"s{args.seed}"]
         args.run = "-".join(filter(None, parts))
     return args
-
-
-class BehaviouralModel(nn.Module):
-    """Item table and backbone: history (B, L) int64 -> interests (B, K, D), routing (B, K, L). This is what serves."""
-
-    def __init__(self, n_items, args):
-        super().__init__()
-        self.items = nn.Embedding(n_items + 1, args.dim, padding_idx=0)
-        nn.init.normal_(self.items.weight[1:], std=INIT_STD)
-        self.backbone = backbones.build(args.backbone, args.dim, args.interests, args.max_len, args.dropout)
-
-    def forward(self, history):
-        return self.backbone(self.items(history), history > 0)
-
-
-def start_from_text(table, encoded):
-    """Set the item table (N + 1, D) to the items' text vectors of the folder of stage 02, reduced to D."""
-    item_text, has_text = (load_array(encoded / f"{name}.npy") for name in ("item_text", "item_has_text"))
-    if len(item_text) != len(table) or not has_text.any():
-        raise UserError(f"{encoded} has text for {has_text.sum()} of {len(item_text) - 1} items; expected some of {len(table) - 1}")
-    with torch.no_grad():
-        table.copy_(torch.from_numpy(backbones.table_from_text(table.numpy(), item_text, has_text)))
-
-
-class Popularity(nn.Module):
-    """The popularity baseline in the shape of a backbone: one interest (1,), an item's vector is its training count."""
-
-    def __init__(self, counts):
-        super().__init__()
-        self.items = nn.Embedding.from_pretrained(torch.tensor(counts, dtype=torch.float32)[:, None])
-
-    def forward(self, history):
-        share = (history > 0).float()[:, None]  # (B, 1, L)
-        return torch.ones_like(history[:, :1, None], dtype=torch.float32), share / share.sum(2, keepdim=True).clamp(min=1)
 
 
 class Batches:
@@ -172,21 +158,23 @@ class Batches:
         return history, self.items[at].astype(np.int64), self.users[row]
 
 
-def train(stage, args, interactions, model, teacher, cluster_of_user, device):
+def train(stage, args, interactions, model, teacher, cluster_of_user, device, precision):
     """Optimise until early stop. Returns the best state dict and a summary. Goes on from checkpoint/last.safetensors."""
     modules = nn.ModuleDict({"model": model} | ({"teacher": teacher} if teacher else {}))
     parameters = dict(modules.named_parameters())
-    optimizer = torch.optim.Adam(parameters.values(), lr=args.learning_rate, fused=device.type in ("cpu", "cuda"))
-    recommendation = losses.RecommendationLoss(args, interactions.training_counts(), device)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
+    validated = copy.deepcopy(model) if args.average else model
+    recommendation = losses.RecommendationLoss(args, interactions.training_counts(), device, precision)
     batches = Batches(interactions, args)
     state = {"iteration": 0, "best_iteration": 0, "best": None, "seconds": 0.0, "log": []}
     best = {}
+    groups = {"parameter": parameters, "best": best, "average": dict(validated.named_parameters()) if args.average else {}}
     path = stage.folder / "checkpoint" / "last.safetensors"
     identity = json.dumps({"arguments": stage.settings(), "inputs": stage.inputs}, sort_keys=True)
     if path.is_file():
-        restored = load_checkpoint(path, identity, parameters, optimizer, device)
+        restored = load_checkpoint(path, identity, groups, optimizer)
         if restored:
-            state, best = restored
+            state = restored
             stage.log.info("going on from iteration %d", state["iteration"])
         else:
             stage.log.info("the checkpoint is of other settings or inputs; starting anew")
@@ -198,19 +186,26 @@ def train(stage, args, interactions, model, teacher, cluster_of_user, device):
         history, target, users = batches[t]
         history, target = torch.from_numpy(history).to(device), torch.from_numpy(target).to(device)
         model.train()
-        interests, routing = model(history)  # (B, K, D), (B, K, L)
-        implicit = losses.read_out(interests, model.items(target), soft=args.soft_read_out)  # (B, D), Eq. 6
-        query, wanted = model.backbone.examples(implicit, target, history, model.items)
-        terms = {"recommendation": recommendation(query, model.items.weight, wanted),
+        read, scored = model.tables()  # (N + 1, D) each
+        interests, routing = model(history, read)  # (B, K, D), (B, K, L)
+        target_vector = F.embedding(target, scored)  # e^T_i
+        implicit = losses.read_out(interests, target_vector, soft=args.soft_read_out)  # (B, D), Eq. 6
+        query, wanted = model.backbone.examples(implicit, target, history, lambda number: F.embedding(number, read))
+        terms = {"recommendation": recommendation(query, scored, wanted),
                  "regulariser": model.backbone.regulariser(routing)}
         if teacher:
             cluster = torch.from_numpy(cluster_of_user[users]).to(device)
-            taught = teacher(implicit, target, model.items(target), cluster)
+            taught = teacher(implicit, target, target_vector, cluster)
             terms |= {name: args.gamma * term for name, term in taught.items()}  # Eq. 15
         loss = sum(terms.values())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        if args.schedule == "cosine":
+            optimizer.param_groups[0]["lr"] = args.learning_rate * (1 + math.cos(math.pi * (t - 1) / args.max_iterations)) / 2
         optimizer.step()
+        if args.average:  # the first steps count less, so that the average does not stay near the random start
+            with torch.no_grad():
+                torch._foreach_lerp_(list(validated.parameters()), list(model.parameters()), 1 - min(args.average, t / (10 + t)))
         for name, term in terms.items():
             sums[name] = sums.get(name, 0) + term.detach()
         progress.update()
@@ -219,15 +214,18 @@ def train(stage, args, interactions, model, teacher, cluster_of_user, device):
             if not math.isfinite(sum(means.values())):
                 raise UserError(f"the loss became {sum(means.values())} before iteration {t} (terms {means}). "
                                 "Lower --learning-rate, or look for extreme values in the text vectors.")
-            metrics = validate(model, interactions, args, device)
-            state["seconds"] = round(time.perf_counter() - started, 2)
+            before = time.perf_counter()
+            metrics = validate(validated, interactions, args, device)
+            now = time.perf_counter()
+            state["seconds"] = round(now - started, 2)
             if state["best"] is None or metrics["recall@50"] > state["best"]["recall@50"]:
                 state |= {"best": metrics, "best_iteration": t}
-                best = {name: p.detach().clone() for name, p in model.state_dict().items()}
+                best.update((name, p.detach().clone()) for name, p in validated.state_dict().items())
             entry = {"iteration": t, "loss": {k: round(v, 6) for k, v in means.items()},
-                     "valid": {k: round(v, 6) for k, v in metrics.items()}, "seconds": state["seconds"]}
+                     "valid": {k: round(v, 6) for k, v in metrics.items()}, "seconds": state["seconds"],
+                     "validation_seconds": round(now - before, 2)}
             state["log"].append(entry)
-            save_checkpoint(path, identity, state, best, parameters, optimizer)
+            save_checkpoint(path, identity, state, groups, optimizer)
             sums = {}
             progress.set_postfix_str(" ".join(f"{k[:9]} {v:.3f}" for k, v in means.items())
                                      + f" R@50 {metrics['recall@50']:.4f} best {state['best']['recall@50']:.4f}")
@@ -243,48 +241,14 @@ def _stopped(state, args):
 def validate(model, interactions, args, device):
     """Mean metrics over validation users, exact ranking by the scoring kernel. Dict of floats."""
     model.eval()
+    with torch.no_grad():
+        read, scored = model.tables()
     users, start, middle, end = interactions.evaluation_ranges("valid")
     history = padded(interactions.items, start, middle, args.max_len)
-    interests, _ = interests_of(model, history, device)
-    ranked, _, _ = rank(interests, model.items.weight.detach().cpu().numpy(), 50, n_threads=args.threads)
+    interests, _ = interests_of(lambda batch: model(batch, read), history, device)
+    ranked, _, _ = rank(interests, scored.detach().cpu().numpy(), 50, n_threads=args.threads)
     hits, n_targets = hit_matrix(ranked, *targets_of(interactions.items, middle, end))
     return {name: float(values.mean()) for name, values in per_user(hits, n_targets, (20, 50)).items()}
-
-
-def save_checkpoint(path, identity, state, best, parameters, optimizer):
-    """All that a resumed run needs, in one file, written atomically."""
-    tensors = {f"parameter/{name}": p.detach() for name, p in parameters.items()}
-    tensors |= {f"best/{name}": p for name, p in best.items()}
-    for name, p in parameters.items():
-        tensors |= {f"optimizer/{name}/{key}": value for key, value in optimizer.state[p].items()}
-    tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-    path.parent.mkdir(exist_ok=True)
-    with atomic(path, "wb") as file:
-        file.write(save(tensors, metadata={"identity": identity, "state": json.dumps(state)}))
-
-
-def load_checkpoint(path, identity, parameters, optimizer, device):
-    """Restore in place; returns (state, best state dict), or None if the checkpoint is of other settings or inputs."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            if file.metadata()["identity"] != identity:
-                return None
-            tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}
-            state = json.loads(file.metadata()["state"])
-    except Exception as error:  # safetensors raises its own, undocumented types for a damaged file
-        raise UserError(f"{path} cannot be read ({error}); delete it to train from the start") from None
-    best = {}
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            kind, rest = name.split("/", 1)
-            if kind == "parameter":
-                parameters[rest].copy_(tensor)
-            elif kind == "best":
-                best[rest] = tensor
-            else:
-                owner, key = rest.rsplit("/", 1)
-                optimizer.state[parameters[owner]][key] = tensor.cpu() if key == "step" and device.type == "cpu" else tensor
-    return state, best
 
 
 def map_projection(vectors):
@@ -313,6 +277,13 @@ def pick_device(name):
         raise UserError(f"--device {name}: expected auto, cpu, cuda or cuda:N") from None
 
 
+def pick_precision(name, device):
+    if name == "auto":
+        native = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu.get_capabilities().get("avx512_bf16", False)
+        name = "bfloat16" if native else "float32"
+    return getattr(torch, name)
+
+
 def main(argv=None):
     args = parse(argv)
     stage = Stage("06_train", args, run=args.run)
@@ -321,33 +292,36 @@ def main(argv=None):
     if own := backbones.source_file(args.backbone):
         stage.input_file(own)
     text, cluster_of_user = load_text(stage, args, interactions.n_items) if args.eimf else (None, None)
+    item_text = load_item_text(stage, args, interactions.n_items)[0] if args.item_text != "none" else None
     if stage.is_done():
         return
     stage.begin()
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that took a fifth of each step
     device = pick_device(args.device)
+    precision = pick_precision(args.precision, device)
     torch.manual_seed(args.seed)
     if args.backbone == "pop":
         model, state = Popularity(interactions.training_counts()), {"best_iteration": 0, "iteration": 0}
         state["best"] = validate(model, interactions, args, torch.device("cpu"))
         save_lines(stage.folder / "log.jsonl", [])
     else:
-        model = BehaviouralModel(interactions.n_items, args)
-        if model.backbone.items_from_text:
-            start_from_text(model.items.weight, stage.input("02_encode_text"))
-        model.to(device)
-        teacher = Teacher(text, args).to(device) if args.eimf else None
-        best, state = train(stage, args, interactions, model, teacher, cluster_of_user, device)
+        model = BehaviouralModel(interactions.n_items, args, item_text, precision).to(device)
+        teacher = Teacher(text, args, precision).to(device) if args.eimf else None
+        best, state = train(stage, args, interactions, model, teacher, cluster_of_user, device, precision)
         model.load_state_dict(best)
+    model = model.cpu().folded()
+    item_vectors = model.tables()[1].detach().numpy()
     save_export(model, args.max_len, stage.folder / "model.pt2")
-    save_array(stage.folder / "item_vectors.npy", model.items.weight.detach().cpu().numpy())
+    save_array(stage.folder / "item_vectors.npy", item_vectors)
     save_lines(stage.folder / "item_ids.txt", ["", *(item["id"] for item in items[1:])])
-    save_array(stage.folder / "map_projection.npy", map_projection(model.items.weight.detach().cpu().numpy()))
+    save_array(stage.folder / "map_projection.npy", map_projection(item_vectors))
     summary = {"best_iteration": state["best_iteration"], "iterations": state["iteration"], "valid": state["best"]}
     settings = {"run": args.run, "backbone": args.backbone, "eimf": args.eimf, "control": args.control, "seed": args.seed,
-                "max_len": args.max_len, "dim": model.items.weight.shape[1], "items": interactions.n_items}
+                "max_len": args.max_len, "dim": item_vectors.shape[1], "items": interactions.n_items,
+                "precision": str(precision).removeprefix("torch.")}
     save_json(stage.folder / "config.json", settings | summary)
     outputs = ["model.pt2", "item_vectors.npy", "item_ids.txt", "map_projection.npy", "config.json", "log.jsonl"]
     if args.eimf and not args.control:

@@ -5,7 +5,8 @@ Reads   01_preprocess/     sequences, split
 Writes  07_evaluate/<run>/
         metrics.json       "test" and "valid": means of recall, ndcg, hr at 5, 10, 20, 50, and ndcg_published at 20, 50;
                            "ann": the index against exact search; "diversity" of the interests
-        test_users.npy     int64 (U,) user numbers; test_values.npy float32 (U, metrics), columns named in metrics.json
+        test_users.npy     int64 (U,) user numbers; test_values.npy float32 (U, metrics), columns named in metrics.json;
+                           test_ranked.npy int32 (U, 50), the items as ranked, -1 where there is none
         index.hnsw, index.json   HNSW index over the item vectors (label = item number) and the facts to check it by
         report.md, report.html   the same as text and as a page with plots
         07_evaluate/summary.json, summary.md   all evaluated runs, mean and standard deviation over seeds
@@ -31,6 +32,7 @@ from eimf.export import load_export
 from eimf.metrics import hit_matrix, ndcg_published, per_user
 from eimf.published import published
 from eimf.ranking import interests_of, rank, targets_of
+from eimf.statistics import bootstrap
 
 CUTOFFS = (5, 10, 20, 50)
 SHOWN = ("recall@20", "recall@50", "ndcg@20", "ndcg@50", "hr@20", "hr@50")
@@ -147,6 +149,7 @@ def evaluate_run(name, args, interactions, stats):
         result[part] = {"users": len(users)} | {n: round(float(v), 6) for n, v in zip(names, values.mean(0))}
     save_array(folder / "test_users.npy", users)
     save_array(folder / "test_values.npy", values.astype(np.float32))
+    save_array(folder / "test_ranked.npy", ranked.astype(np.int32))
     _, start, middle, _ = interactions.evaluation_ranges("test")
     spread = diversity(interests, routing, np.minimum(middle - start, config["max_len"]), winner[:, :20])
     result["columns"] = names
@@ -236,12 +239,12 @@ def summarise(root, stats):
     return table
 
 
-def differences(groups, resamples=2000):
+def differences(groups):
     """EIMF against its backbone and its controls: paired by user, averaged over seeds, bootstrap over users.
 
     Only groups with the same seeds and the same test users are compared. `low` and `high` bound the 95 % interval.
     """
-    found, rng = [], np.random.default_rng(0)
+    found = []
     for model in [m for m in groups if m.endswith("-eimf")]:
         for other in [model.removesuffix("-eimf"), *(m for m in groups if m.startswith(model + "-"))]:
             if other not in groups:
@@ -249,10 +252,8 @@ def differences(groups, resamples=2000):
             (a, users_a, seeds_a), (b, users_b, seeds_b) = (_recall_by_user(groups[m]) for m in (model, other))
             if seeds_a != seeds_b or not np.array_equal(users_a, users_b):
                 continue
-            gain = a - b
-            means = gain[rng.integers(0, len(gain), (resamples, len(gain)))].mean(1)
-            low, high = np.quantile(means, [.025, .975])
-            found.append({"model": model, "against": other, "recall@50": round(float(gain.mean()), 5),
+            gain, low, high = bootstrap(a - b)
+            found.append({"model": model, "against": other, "recall@50": round(float(gain), 5),
                           "low": round(float(low), 5), "high": round(float(high), 5), "seeds": len(seeds_a)})
     return found
 

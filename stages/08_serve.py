@@ -22,17 +22,21 @@ import json
 import os
 import shutil
 import sys
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from eimf.artifacts import UserError, argument_parser, run, save_array, save_lines
+from eimf.artifacts import UserError, argument_parser, check_ranges, run, save_array, save_lines
 from eimf.data import padded
 from eimf.ranking import interests_of
 from eimf.recommender import Query, Recommender, choose_run
 
-CHUNK = 4096  # lines answered together by --lines
+CHUNK = 256  # lines answered together by --lines: what one model call computes then stays in the processor's cache
 
 
 def parse(argv):
@@ -61,10 +65,7 @@ def parse(argv):
     add("--reload-seconds", type=float, default=2.0, help="how often the server looks for a new export")
     add("--threads", type=int, default=0, help="CPU threads; 0 means all cores, and one per worker of the server")
     args = parser.parse_args(argv)
-    for name, low, high in (("k", 1, None), ("port", 0, 65535), ("workers", 1, 64), ("diversity", 0, 1), ("reload_seconds", .05, 3600)):
-        value = getattr(args, name)
-        if not low <= value <= (value if high is None else high):
-            parser.error(f"--{name.replace('_', '-')} must be {low} {'or more' if high is None else f'to {high}'}, got {value}")
+    check_ranges(parser, args, k=1, port=(0, 65535), workers=(1, 64), diversity=(0, 1), reload_seconds=(.05, 3600), threads=0)
     return args
 
 
@@ -141,32 +142,54 @@ def one_shot(args, recommender):
         print(f"* {found} of the {len(set(held_out))} items that this user took next, which the model has not seen")
 
 
-def answer_lines(recommender, source, sink):
-    """JSON lines in, JSON lines out, in the same order: {"items", "scores", "interests", "fallback", "unknown_items"}, the
-    first three lists in rank order, or {"detail", "code"} for a line that cannot be answered. Returns (lines, refused)."""
+def answer_chunk(recommender, lines):
+    """(answers as JSON texts, number refused) of JSON lines, see answer_lines."""
+    from eimf.recommender import encode, encode_list
     from eimf.service import RecommendRequest, Refused, failed, parse as validate
+    queries, out = [], []
+    for line in lines:
+        try:
+            query = validate(RecommendRequest, line).query()
+            if query.user is not None and query.user not in recommender.users:
+                raise failed(KeyError(query.user))
+            queries.append(query)
+            out.append(None)
+        except Refused as error:
+            out.append(encode({"detail": str(error), "code": error.code}))
+    refused, ids = len(out) - len(queries), recommender.id_texts
+    answers = iter(recommender.recommend(queries))
+    for n, error in enumerate(out):
+        if error is None:
+            a = next(answers)
+            scores = ", ".join([f"{score:.6f}" for score in a.scores])
+            out[n] = (f'{{"items": [{", ".join([ids[i] for i in a.items])}], "scores": [{scores}], "interests": {a.winner}, '
+                      f'"fallback": {encode(a.fallback)}, "unknown_items": {encode_list(a.unknown)}}}')
+    return out, refused
+
+
+def answer_lines(recommender, source, sink, threads):
+    """JSON lines in, JSON lines out, in the same order: {"items", "scores", "interests", "fallback", "unknown_items"}, the
+    first three lists in rank order, or {"detail", "code"} for a line that cannot be answered. Returns (lines, refused).
+
+    Chunks are answered by `threads` threads: the model and the ranking, most of the work, run beside each other.
+    """
     lines = refused = 0
-    while chunk := [line for _, line in zip(range(CHUNK), source)]:
-        queries, out = [], []
-        for line in chunk:
-            try:
-                queries.append(validate(RecommendRequest, line).query())
-                if queries[-1].user is not None and queries[-1].user not in recommender.users:
-                    raise failed(KeyError(queries.pop().user))
-                out.append(None)
-            except Refused as error:
-                out.append(json.dumps({"detail": str(error), "code": error.code}))
-        answers = iter(recommender.recommend(queries))
-        for n, error in enumerate(out):
-            if error is None:
-                a = next(answers)
-                out[n] = json.dumps({"items": [recommender.ids[i] for i in a.items], "scores": [round(s, 6) for s in a.scores],
-                                     "interests": a.winner, "fallback": a.fallback, "unknown_items": a.unknown}, ensure_ascii=False)
-            else:
-                refused += 1
-        lines += len(chunk)
+    waiting = deque()
+
+    def write():
+        nonlocal lines, refused
+        out, bad = waiting.popleft().result()
+        lines, refused = lines + len(out), refused + bad
         sink.write("\n".join(out) + "\n")
         sink.flush()
+
+    with ThreadPoolExecutor(threads) as pool:
+        while chunk := list(islice(source, CHUNK)):
+            waiting.append(pool.submit(answer_chunk, recommender, chunk))
+            if len(waiting) > threads:  # never more than one chunk ahead, however long the input is
+                write()
+        while waiting:
+            write()
     return lines, refused
 
 
@@ -187,6 +210,11 @@ def export_vectors(recommender, folder):
           f"dimensions in {folder}. Score: inner product, maximum over a user's interests.")
 
 
+def available_cores():
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def main(argv=None):
     args = parse(argv)
     name = args.run
@@ -200,12 +228,14 @@ def main(argv=None):
         return server.serve({"data_dir": str(args.data_dir.resolve()), "dataset": args.dataset, "run": args.run,
                              "retrieval": args.retrieval, "threads": args.threads or 1, "reload_seconds": args.reload_seconds},
                             args.host, args.port, args.workers)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    recommender = Recommender(args.data_dir, args.dataset, name, args.retrieval, args.threads)
+    threads = args.threads or available_cores()
+    # --lines answers in threads of its own, each of which computes alone.
+    torch.set_num_threads(1 if args.lines else threads)
+    recommender = Recommender(args.data_dir, args.dataset, name, args.retrieval, 1 if args.lines else threads)
     if args.lines:
-        lines, refused = answer_lines(recommender, sys.stdin.buffer, sys.stdout)
-        print(f"{lines} lines answered, {refused} of them refused", file=sys.stderr)
+        started = time.perf_counter()
+        lines, refused = answer_lines(recommender, sys.stdin.buffer, sys.stdout, threads)
+        print(f"{lines} lines answered, {refused} of them refused, {lines / (time.perf_counter() - started):,.0f} a second", file=sys.stderr)
     elif args.export_vectors:
         export_vectors(recommender, args.export_vectors)
     else:

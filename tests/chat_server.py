@@ -29,14 +29,15 @@ GOOD = '{"1": "gel pens", "2": "desk lamps"}'
 
 class ChatServer:
     """`behave(number, body)` returns what to do with call `number` (from 0): a str is the answer's content; a dict may have
-    status, headers, body (bytes), delay (seconds), and kind: "reset", "truncated", "drip" or "hang".
+    status, headers, body (bytes), delay (seconds), and kind: "reset", "truncated", "drip", "drip headers" or "hang".
 
-    calls: list of (seconds since start, body). peak: most calls at once. Use as a context manager; `url` ends in /v1.
+    calls: list of (seconds since start, body). active: calls that wait for their answer. Use as a context
+    manager; `url` ends in /v1.
     """
 
     def __init__(self, behave):
         self.behave, self.calls, self.headers = behave, [], []
-        self.active = self.peak = 0
+        self.active = 0
         self.lock, self.closing = threading.Lock(), threading.Event()
         outer = self
 
@@ -53,22 +54,20 @@ class ChatServer:
                     outer.calls.append((time.monotonic() - outer.started, body))
                     outer.headers.append((self.path, dict(self.headers)))
                     outer.active += 1
-                    outer.peak = max(outer.peak, outer.active)
-                try:
-                    with contextlib.suppress(ConnectionError):
-                        outer.reply(self, outer.behave(number, body))
-                finally:
-                    with outer.lock:
-                        outer.active -= 1
+                action = outer.behave(number, body)
+                if isinstance(action, str):
+                    action = {"body": chat(action)}
+                outer.closing.wait(action.get("delay", 0))
+                with outer.lock:  # before the client can know of the answer and call again
+                    outer.active -= 1
+                with contextlib.suppress(ConnectionError):
+                    outer.reply(self, action)
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
 
     def reply(self, handler, action):
-        if isinstance(action, str):
-            action = {"body": chat(action)}
-        self.closing.wait(action.get("delay", 0))
         kind, body = action.get("kind"), action.get("body", b"")
         if kind == "reset":
             handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -77,6 +76,12 @@ class ChatServer:
             return
         if kind == "hang":
             self.closing.wait(60)
+            handler.close_connection = True
+            return
+        if kind == "drip headers":
+            handler.wfile.write(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+            while not self.closing.wait(0.05):  # until the client closes the connection
+                handler.wfile.write(b"x")
             handler.close_connection = True
             return
         handler.send_response(action.get("status", 200))
@@ -92,7 +97,7 @@ class ChatServer:
             for i in range(len(body)):
                 handler.wfile.write(body[i : i + 1])
                 handler.wfile.flush()
-                if self.closing.wait(0.1):
+                if self.closing.wait(0.05):
                     break
             handler.close_connection = True
         else:

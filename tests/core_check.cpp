@@ -197,6 +197,61 @@ void check_concurrent_calls() {
     for (std::thread &thread : threads) thread.join();
 }
 
+void check_prepared() {
+    const std::vector<float> x = blobs(600, 5, 12, 3), queries = normal(20 * 4 * 5, 4);
+    eimf_ap_options options = eimf_ap_defaults();
+    options.n_threads = 2;
+    eimf_points *points = nullptr;
+    CHECK(eimf_points_create(x.data(), 600, 5, &options, &points, nullptr) == EIMF_OK);
+    for (const double preference : {-20.0, -5000.0, -100.0}) {
+        std::vector<int64_t> exemplars(600), labels(600);
+        eimf_ap_result result;
+        CHECK(eimf_points_affinity_propagation(points, &preference, 1, &options, exemplars.data(), labels.data(), &result, nullptr) == EIMF_OK);
+        CHECK(labels == cluster(x, 600, preference, options).labels);
+    }
+    eimf_points_destroy(points);
+    eimf_points_destroy(nullptr);
+
+    eimf_items *items = nullptr;
+    CHECK(eimf_items_create(x.data(), 600, 5, EIMF_KERNEL_AUTO, nullptr, &items, nullptr) == EIMF_OK);
+    TopN a{std::vector<int64_t>(200), std::vector<float>(200), std::vector<int32_t>(200)}, b = a;
+    std::vector<std::thread> threads;
+    for (int t = 0; t < 3; ++t)
+        threads.emplace_back([&, t] {
+            TopN own = a;
+            CHECK(eimf_items_top_n(items, queries.data(), 20, 4, 10, nullptr, own.ids.data(), own.scores.data(), own.interest.data(), nullptr) == EIMF_OK);
+            if (t == 0) b = own;
+        });
+    for (std::thread &thread : threads) thread.join();
+    CHECK(eimf_top_n(queries.data(), 20, 4, 5, x.data(), 600, 10, nullptr, a.ids.data(), a.scores.data(), a.interest.data(), nullptr) == EIMF_OK);
+    CHECK(a == b);
+    eimf_items_destroy(items);
+    eimf_items_destroy(nullptr);
+
+    size_t failures = 0;
+    for (long allowed = 0;; ++allowed) {
+        Failing failing{{allowed}};
+        options.allocator = {Failing::allocate, Failing::release, &failing};
+        eimf_status status = eimf_points_create(x.data(), 60, 5, &options, &points, nullptr);
+        CHECK((status == EIMF_OK) == (points != nullptr));
+        const double preference = -50;
+        std::vector<int64_t> exemplars(60), labels(60);
+        eimf_ap_result result;
+        if (points) status = eimf_points_affinity_propagation(points, &preference, 1, &options, exemplars.data(), labels.data(), &result, nullptr);
+        eimf_points_destroy(points);
+        CHECK(failing.held == 0);
+        CHECK(status == EIMF_OK || status == EIMF_ERROR_MEMORY);
+        Failing other{{allowed}};
+        const eimf_allocator allocator{Failing::allocate, Failing::release, &other};
+        CHECK(eimf_items_create(x.data(), 60, 5, EIMF_KERNEL_AUTO, &allocator, &items, nullptr) == (allowed ? EIMF_OK : EIMF_ERROR_MEMORY));
+        eimf_items_destroy(items);
+        CHECK(other.held == 0);
+        if (status == EIMF_OK) break;
+        ++failures;
+    }
+    CHECK(failures > 10);
+}
+
 void check_diversify() {
     const int64_t ids[] = {0, 1, 2, -1};
     const float scores[] = {3, 2, 1, 0};
@@ -216,6 +271,7 @@ int main(int argc, char **argv) {
     check_allocation_failures(quick ? 60 : 400);
     check_interrupt_and_errors();
     check_concurrent_calls();
+    check_prepared();
     check_diversify();
     std::puts("all checks passed");
     return 0;

@@ -1,9 +1,12 @@
 """Measure the chat client against a local server: how busy it keeps the server, CPU seconds, memory.
 
-    python tests/measure_llm_throughput.py                               # 1 s answers at a concurrency of 64: share of the ideal rate
-    python tests/measure_llm_throughput.py --delay 0 --requests 100000   # memory over 100,000 requests, and the highest rate
+    python tests/measure_llm_throughput.py                                      # 1 s answers at a concurrency of 64
+    python tests/measure_llm_throughput.py --delay 0 --requests 100000          # the highest rate, memory over 100,000 requests
+    python tests/measure_llm_throughput.py --out data/results/llm.json          # both, one after the other, into a file
 
-The client runs in this process, on one core where the system allows to choose; the server in another. Prints one JSON line.
+The client runs in this process, on one core where the system allows to choose; the server in another. Prints one JSON line:
+`busy` is the share of the calls' time that the server could have spent at most, `memory_mib` the client's resident memory after
+each twentieth of the requests, its journal included.
 """
 
 import argparse
@@ -12,6 +15,7 @@ import json
 import multiprocessing
 import os
 import resource
+import subprocess
 import sys
 import tempfile
 import time
@@ -96,6 +100,7 @@ def measure(delay, concurrency, n_requests, journal_path):
         "busy": round(ideal / seconds, 4) if delay else None,
         "cpu_seconds": round(cpu, 2),
         "memory_mib": memory,
+        "peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
         **client.counts,
     }
 
@@ -105,6 +110,14 @@ if __name__ == "__main__":
     parser.add_argument("--delay", type=float, default=1.0, help="seconds the server takes for an answer")
     parser.add_argument("--concurrency", type=int, default=64)
     parser.add_argument("--requests", type=int, default=64 * 90)
+    parser.add_argument("--out", type=Path, help="run both measurements and write them to this file")
     args = parser.parse_args()
+    if args.out:
+        found = {}
+        for name, flags in (("one_second_answers", []), ("hundred_thousand_requests", ["--delay", "0", "--requests", "100000"])):
+            done = subprocess.run([sys.executable, __file__, *flags], stdout=subprocess.PIPE, text=True, check=True)
+            found[name] = json.loads(done.stdout.splitlines()[-1])
+        args.out.write_text(json.dumps(found, indent=2) + "\n")
+        sys.exit()
     with tempfile.TemporaryDirectory() as folder:
         print(json.dumps(measure(args.delay, args.concurrency, args.requests, Path(folder) / "journal.jsonl")))

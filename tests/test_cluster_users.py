@@ -1,4 +1,5 @@
 """Stage 03 as a user runs it, on small folders of the contract's shape."""
+import importlib.util
 import json
 import subprocess
 import sys
@@ -122,6 +123,106 @@ def test_sample_of_users(tmp_path):
         assert len(set(group[np.flatnonzero(cluster_of_user == cluster)])) == 1
 
 
+def load_stage():
+    spec = importlib.util.spec_from_file_location("cluster_users", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_searched_preference_gives_the_same_files_alone(tmp_path):
+    """Trials share neighbour lists; the chosen one must be what a new run at its preference finds."""
+    make_data(tmp_path, users=1000, groups=60)
+    assert run_stage(tmp_path, "--typical-fraction", 0.05).returncode == 0
+    searched = results(tmp_path)
+    assert len(searched[2]["trials"]) > 1
+    assert run_stage(tmp_path, f"--preference={searched[2]['preference']!r}").returncode == 0
+    alone = results(tmp_path)
+    np.testing.assert_array_equal(searched[0], alone[0])
+    np.testing.assert_array_equal(searched[1], alone[1])
+    assert searched[2]["net_similarity"] == alone[2]["net_similarity"] and searched[2]["iterations"] == alone[2]["iterations"]
+
+
+def net_similarity(root):
+    """By the definition, from the files."""
+    cluster_of_user, typical, report = results(root)
+    text = np.load(root / "toy" / "02_encode_text" / "user_text.npy").astype(np.float64)
+    clustered = np.flatnonzero(cluster_of_user >= 0)
+    return -np.square(text[clustered] - text[typical[cluster_of_user[clustered]]]).sum() + report["preference"] * len(typical)
+
+
+def test_neighbor_graph_is_nearly_as_good_as_all_pairs(tmp_path):
+    _, split = make_data(tmp_path, users=1500, groups=40)
+    assert run_stage(tmp_path, "--preference", -60).returncode == 0
+    exact = net_similarity(tmp_path)
+    assert results(tmp_path)[2]["neighbors"] is None
+    found = []
+    for threads in (1, 2):
+        run = run_stage(tmp_path, "--preference", -60, "--neighbors", 40, "--threads", threads)
+        assert run.returncode == 0, run.stderr
+        check_contract(*results(tmp_path), training_with_text(split))
+        found.append([a.tobytes() for a in results(tmp_path)[:2]])
+    report = results(tmp_path)[2]
+    assert report["neighbors"] == 40 and report["assigned_afterwards"] == 0
+    assert report["net_similarity"] == pytest.approx(net_similarity(tmp_path), rel=1e-5)
+    assert abs(report["net_similarity"] / exact - 1) < 0.01
+    assert found[0] == found[1]
+
+
+def test_users_without_an_edge_to_a_typical_user_go_to_the_nearest(tmp_path):
+    """Three neighbours of each user, and a preference for clusters of fifty: some users are connected to no exemplar."""
+    group, split = make_data(tmp_path, users=1500, groups=30)
+    assert run_stage(tmp_path, "--preference", -400, "--neighbors", 3, "--allow-unconverged").returncode == 0
+    cluster_of_user, typical, report = results(tmp_path)
+    clustered = training_with_text(split)
+    check_contract(cluster_of_user, typical, report, clustered)
+    assert report["assigned_afterwards"] >= 5
+    assert report["net_similarity"] == pytest.approx(net_similarity(tmp_path), rel=1e-5)
+    text = np.load(tmp_path / "toy" / "02_encode_text" / "user_text.npy")
+    best = np.square(text[clustered, None] - text[typical]).sum(2).argmin(1)
+    assert (best == cluster_of_user[clustered]).sum() >= report["assigned_afterwards"]
+    assert all(len(set(group[clustered[cluster_of_user[clustered] == c]])) == 1 for c in range(len(typical)))
+
+
+def test_graph_of_equal_and_of_few_users(tmp_path):
+    module = load_stage()
+    indptr, indices, similarity = module.neighbor_graph(np.ones((300, 4), np.float32), 5, 1)
+    assert indptr.tolist() == list(range(0, 1501, 5)) and (similarity == 0).all()
+    assert (indices.reshape(300, 5) != np.arange(300)[:, None]).all() and (np.diff(np.sort(indices.reshape(300, 5))) > 0).all()
+    for n in (1, 2, 3):
+        indptr, indices, similarity = module.neighbor_graph(np.arange(n, dtype=np.float32)[:, None], 5, 1)
+        expected = [[k for k in sorted(range(n), key=lambda k: abs(i - k)) if k != i] for i in range(n)]
+        assert [sorted(indices[indptr[i]:indptr[i + 1]]) for i in range(n)] == [sorted(row) for row in expected]
+        assert [-((indices[e] - i) ** 2) for i in range(n) for e in range(indptr[i], indptr[i + 1])] == similarity.tolist()
+
+
+def test_graph_above_a_number_of_users(tmp_path, monkeypatch):
+    make_data(tmp_path)
+    module = load_stage()
+    monkeypatch.setattr(module, "SPARSE_ABOVE", 317)
+    assert module.main(["--dataset", "toy", "--data-dir", str(tmp_path), "--preference", "-200"]) == 0
+    assert results(tmp_path)[2]["neighbors"] == 64 and results(tmp_path)[2]["clusters"] == 8
+    assert module.main(["--dataset", "toy", "--data-dir", str(tmp_path), "--preference", "-200", "--neighbors", "0"]) == 0
+    assert results(tmp_path)[2]["neighbors"] is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dataset", ["Office_Products"])
+def test_neighbor_graph_on_real_users(tmp_path, shared, dataset):
+    """The goal: a net similarity within 1 % of the exact form's, at the share of typical users that is the default."""
+    for stage, options in (("01_preprocess", ["--raw-dir", shared / "data" / "raw"]), ("02_encode_text", [])):
+        done = subprocess.run([sys.executable, ROOT / "stages" / f"{stage}.py", "--dataset", dataset, "--data-dir", tmp_path, *options],
+                              capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    reports = []
+    for options in ([], ["--neighbors", 64]):
+        preference = [f"--preference={reports[0]['preference']!r}"] if reports else []
+        done = subprocess.run([sys.executable, SCRIPT, "--dataset", dataset, "--data-dir", tmp_path, *map(str, options), *preference], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        reports.append(json.loads((tmp_path / dataset / "03_cluster_users" / "report.json").read_text()))
+    assert reports[1]["neighbors"] == 64 and abs(reports[1]["net_similarity"] / reports[0]["net_similarity"] - 1) < 0.01
+
+
 def test_not_converged_is_an_error_that_says_what_to_try(tmp_path):
     _, split = make_data(tmp_path)
     run = run_stage(tmp_path, "--preference", -200, "--max-iter", 5)
@@ -170,7 +271,7 @@ def test_equal_users_are_one_cluster(tmp_path):
 
 
 @pytest.mark.parametrize("options", [("--typical-fraction", 0), ("--typical-fraction", 1.5), ("--preference", -1, "--typical-fraction", 0.1),
-                                     ("--tolerance", -1), ("--sample-users", 0), ("--no-such-option",)])
+                                     ("--tolerance", -1), ("--sample-users", 0), ("--neighbors", -1), ("--no-such-option",)])
 def test_bad_options_exit_2(tmp_path, options):
     assert run_stage(tmp_path, *options).returncode == 2
 
@@ -181,14 +282,12 @@ def test_missing_stage_names_the_command(tmp_path):
 
 
 def test_memory_is_checked_before_it_is_taken(tmp_path, monkeypatch):
-    import importlib.util
-
     from eimf.artifacts import UserError
-    spec = importlib.util.spec_from_file_location("cluster_users", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_stage()
     assert module.free_memory() is None or module.free_memory() > 2**20
     monkeypatch.setattr(module, "free_memory", lambda: 50 * 2**20)
-    assert module.check_memory(1000, 64) == int(0.8 * 50 * 2**20)
+    assert module.check_memory(1000, 64, 0) == int(0.8 * 50 * 2**20)
     with pytest.raises(UserError, match="needs about .* MiB and 50 MiB are free; give --sample-users N with N below"):
-        module.check_memory(200_000, 384)
+        module.check_memory(200_000, 384, 0)
+    with pytest.raises(UserError, match="needs about .* MiB"):
+        module.check_memory(200_000, 384, 64)

@@ -364,3 +364,64 @@ def test_memory_preflight_and_peak():
     with pytest.raises(ValueError, match="memory_limit"):
         eimf_core.affinity_propagation(x, -40.0, memory_limit=result.peak_bytes // 2)
     assert eimf_core.affinity_propagation_bytes(10**9, 10**9) > 10**18
+
+
+def assert_same_result(a, b):
+    np.testing.assert_array_equal(a.exemplars, b.exemplars)
+    np.testing.assert_array_equal(a.labels, b.labels)
+    assert (a.n_iter, a.converged, a.net_similarity) == (b.n_iter, b.converged, b.net_similarity)
+
+
+def test_runs_over_the_same_points_are_as_the_first():
+    """Whatever earlier runs left in the neighbour lists: preferences in any order, duplicates, one preference for each, explicit messages."""
+    x = blobs(8, 1500, 6, centres=30)
+    x[[5, 700]] = x[20]
+    points = eimf_core.Points(x)
+    each = np.random.default_rng(1).uniform(-300, -20, len(x))
+    positive = np.where(np.arange(len(x)) == 700, 5.0, -50.0)  # then equal points are not merged
+    for preference in (-50.0, -3000.0, -300.0, each, -20.0, positive, -1e5, -300.0):
+        options = {"damping": 0.8, "max_iter": 400}
+        assert_same_result(points.affinity_propagation(preference, **options), eimf_core.affinity_propagation(x, preference, **options))
+
+
+def test_later_runs_search_no_neighbours():
+    """Seen in CPU time: the search is 7e9 multiply-adds here, three iterations are some 1e5 steps."""
+    points, seconds = eimf_core.Points(blobs(9, 3000, 384, centres=60)), []
+    for _ in range(4):
+        before = time.process_time()
+        result = points.affinity_propagation(-9000.0, max_iter=3, n_threads=1)
+        seconds.append(time.process_time() - before)
+    assert min(seconds[1:]) < seconds[0] / 2
+    with pytest.raises(ValueError, match="memory_limit"):  # counts what earlier runs left
+        points.affinity_propagation(-9000.0, memory_limit=result.peak_bytes // 2)
+    assert points.affinity_propagation(-9000.0, max_iter=3, n_threads=1, memory_limit=result.peak_bytes).peak_bytes <= result.peak_bytes
+
+
+def test_points_are_checked_and_one_run_goes_at_a_time():
+    x = blobs(10, 300, 5)
+    points = eimf_core.Points(x.copy())
+    nested = []
+
+    def again(*_):
+        with pytest.raises(ValueError, match="another run"):
+            points.affinity_propagation(-50.0)
+        nested.append(1)
+
+    expected = eimf_core.affinity_propagation(x, -50.0)
+    assert_same_result(points.affinity_propagation(-50.0, progress=again), expected)
+    assert nested
+
+    def stop(*_):
+        raise KeyError("stop")
+
+    with pytest.raises(KeyError):
+        points.affinity_propagation(-50.0, progress=stop)
+    assert_same_result(points.affinity_propagation(-50.0), expected)  # a run that ended early leaves it usable
+    for bad, words in ((x.astype(np.float64), "float64"), (np.full_like(x, np.inf), "infinity"), (x[:0], "0 points"), (x[:, :0], "dimensions"),
+                       (x * np.float32(1e30), "overflow")):
+        with pytest.raises(ValueError, match=words):
+            eimf_core.Points(bad)
+    with pytest.raises(ValueError, match="memory"):
+        eimf_core.Points(x, memory_limit=10)
+    with pytest.raises(ValueError, match="damping"):
+        points.affinity_propagation(-50.0, damping=2)

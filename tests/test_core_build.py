@@ -1,4 +1,4 @@
-"""setup.py's sentences for a missing compiler or header, and the header in plain C."""
+"""setup.py's sentences for what is missing, and the header in plain C."""
 import os
 import shutil
 import subprocess
@@ -42,6 +42,14 @@ def test_missing_python_header_is_one_sentence(tmp_path):
     run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 1 and "Traceback" not in run.stderr
     assert f"error: Python.h was not found in {tmp_path}" in run.stderr and "apt install python3-dev" in run.stderr
+
+
+def test_missing_pybind11_is_one_sentence(tmp_path):
+    code = ("import runpy, sys; sys.modules['pybind11'] = None; "  # None: importing it fails
+            "sys.argv = ['setup.py', 'build_ext', '--build-temp', sys.argv[1], '--build-lib', sys.argv[1]]; runpy.run_path('setup.py', run_name='__main__')")
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 1 and "Traceback" not in run.stderr
+    assert "error: this Python has no pybind11" in run.stderr and "pip install ." in run.stderr
 
 
 @pytest.mark.parametrize("language", ["c", "c++"])

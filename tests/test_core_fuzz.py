@@ -55,7 +55,12 @@ def test_top_n(interests, items, n, indptr, indices, allowed, threads, kernel):
     if n == 2**31 and np.ndim(interests) == 3:
         n = 2**62  # gigabytes of padding would be a right answer
     found = outcome(eimf_core.top_n, interests, items, n, exclude_indptr=indptr, exclude_indices=indices, allowed=allowed, n_threads=threads, kernel=kernel)
+    prepared = outcome(eimf_core.Items, items, kernel=kernel)
+    again = None if prepared is None else outcome(eimf_core.top_n, interests, prepared, n, exclude_indptr=indptr, exclude_indices=indices, allowed=allowed, n_threads=threads)
+    assert (found is None) == (again is None)
     if found is not None:
+        for f, a in zip(found, again, strict=True):
+            np.testing.assert_array_equal(f, a)
         expected = eimf_core._top_n_reference(interests, items, n, exclude_indptr=indptr, exclude_indices=indices, allowed=allowed)
         for f, e in zip(found, expected, strict=True):
             np.testing.assert_array_equal(f, e)
@@ -106,6 +111,10 @@ def test_random_objects_are_no_arrays():
     for thing in (None, 3, "text", b"bytes", object(), [1, 2], {}, memoryview(b"abc"), np.float32(1)):
         with pytest.raises((ValueError, TypeError)):
             eimf_core.top_n(thing, thing, 3)
+        with pytest.raises((ValueError, TypeError)):
+            eimf_core.Items(thing)
+        with pytest.raises((ValueError, TypeError)):
+            eimf_core.Points(thing)
         with pytest.raises((ValueError, TypeError)):
             eimf_core.affinity_propagation(thing, -1.0)
         with pytest.raises((ValueError, TypeError)):

@@ -173,6 +173,36 @@ def test_bad_arguments_are_value_errors(change, words):
         eimf_core.top_n(**arguments)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_prepared_items_give_the_same_bits(kernel):
+    for d, k, users, n_items, n in [(64, 4, 45, 1000, 50), (1, 64, 3, 200, 5), (65, 3, 20, 97, 97), (9, 16, 11, 49, 3), (7, 2, 4, 0, 5), (8, 1, 0, 5, 2)]:
+        interests, items = vectors(d, users, k, d), vectors(k, n_items, d)
+        lists = [np.random.default_rng(u).integers(0, n_items, 5) if n_items else [] for u in range(users)]
+        allowed = np.arange(n_items) % 97 < 60  # whole panels are left out too
+        prepared = eimf_core.Items(items, kernel=kernel)
+        assert prepared.shape == items.shape
+        for options in ({}, csr(lists), {"allowed": allowed}, csr(lists) | {"allowed": allowed}):
+            for threads in (1, 2, 7):
+                assert_equal(eimf_core.top_n(interests, prepared, n, n_threads=threads, **options), eimf_core.top_n(interests, items, n, **options))
+
+
+def test_prepared_items_are_checked_and_keep_their_array():
+    items = vectors(1, 100, 8)
+    expected = eimf_core.top_n(vectors(0, 2, 3, 8), items, 5)
+    prepared = eimf_core.Items(items.copy())
+    assert_equal(eimf_core.top_n(vectors(0, 2, 3, 8), prepared, 5), expected)
+    with pytest.raises(ValueError, match=r"\(2, 3, 7\).*\(100, 8\)"):
+        eimf_core.top_n(vectors(0, 2, 3, 7), prepared, 5)
+    with pytest.raises(ValueError, match="overflow"):
+        eimf_core.top_n(np.full((2, 3, 8), 3e38, np.float32), prepared, 5)
+    for bad, words in ((items.astype(np.float64), "float64"), (np.full_like(items, np.nan), "items: found NaN"), (items[:, :0], "at least 1"), ([1], "list")):
+        with pytest.raises(ValueError, match=words):
+            eimf_core.Items(bad)
+    if len(KERNELS) > 1:
+        with pytest.raises(ValueError, match=f"prepared for kernel scalar.*found {KERNELS[-1]}"):
+            eimf_core.top_n(vectors(0, 2, 3, 8), eimf_core.Items(items, kernel="scalar"), 5, kernel=KERNELS[-1])
+
+
 def test_read_only_input_is_taken_and_left_alone():
     interests, items = vectors(0, 2, 3, 8), vectors(1, 10, 8)
     before = interests.copy(), items.copy()

@@ -9,13 +9,13 @@ import socket
 import sqlite3
 import subprocess
 import sys
-import threading
 import time
 
 import numpy as np
 import pytest
 from tiny import STAGES, call_stage, finished_stage, make_tiny_bert, run_stage, write_dataset
 
+import eimf.encoder
 from eimf.artifacts import UserError, load_json, save_lines
 from eimf.encoder import TextEncoder
 
@@ -258,33 +258,40 @@ def test_stage_02_killed_and_run_again_ends_with_the_same_files(tmp_path, bert):
 def test_two_processes_share_a_cache(tmp_path, bert):
     rng = np.random.default_rng(1)
     items = [{"title": " ".join(rng.choice(WORDS, rng.integers(1, 20)))} for _ in range(600)]
+    arguments = ("--encoder", bert, "--device", "cpu", "--batch-size", 2, "--threads", 1)
+    processes = []
     for name in ("one", "two"):
         write_dataset(tmp_path, items, HISTORIES, [0] * 5, dataset=name)
-
-    def start(name):
-        run_stage(
-            "02_encode_text.py",
-            "--data-dir",
-            tmp_path,
-            "--dataset",
-            name,
-            "--encoder",
-            bert,
-            "--device",
-            "cpu",
-            "--batch-size",
-            2,
-            "--threads",
-            1,
-        )
-
-    threads = [threading.Thread(target=start, args=(name,)) for name in ("one", "two")]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+        command = [sys.executable, STAGES / "02_encode_text.py", "--data-dir", tmp_path, "--dataset", name, *arguments]
+        processes.append(subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True))
+    shown = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n\n".join(shown)
     vectors = [np.load(tmp_path / name / "02_encode_text/item_text.npy") for name in ("one", "two")]
     assert (vectors[0] == vectors[1]).all() and vectors[0][1:].any(axis=1).all()
+
+
+def test_a_cache_that_another_process_is_making_is_waited_for(tmp_path, monkeypatch):
+    """sqlite does not wait by itself here: the other connection holds the lock under which it will turn the file to WAL."""
+    other = sqlite3.connect(tmp_path / "key.sqlite", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    waits = []
+
+    def sleep(seconds):
+        waits.append(seconds)
+        if len(waits) == 3:
+            other.execute("COMMIT")
+
+    monkeypatch.setattr(eimf.encoder.time, "sleep", sleep)
+    cache = eimf.encoder._Cache(tmp_path, "key", 2)
+    assert len(waits) == 3 and cache.write({b"k": np.ones(2, np.float32)})[b"k"].tolist() == [1, 1]
+
+
+def test_a_cache_that_stays_locked_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(eimf.encoder, "LOCK_WAIT", 0)
+    other = sqlite3.connect(tmp_path / "key.sqlite", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    with pytest.raises(UserError, match=r"key.sqlite: database is locked. Another process has held it"):
+        eimf.encoder._Cache(tmp_path, "key", 2)
 
 
 def test_the_first_writer_of_a_key_wins(bert, tmp_path):

@@ -134,10 +134,10 @@ def test_a_cut_answer_keeps_what_is_complete(interests, data):
     ],
 )
 def test_hostile_answers_take_linear_time(text):
-    started = time.perf_counter()
+    started = time.process_time()
     assert parse_interests(text, "stop").outcome in OUTCOMES
     assert parse_partition(text, 5, "stop").outcome in OUTCOMES
-    assert time.perf_counter() - started < 8
+    assert time.process_time() - started < 8  # of this process's CPU; quadratic time would be minutes
 
 
 ITEM = {"id": "B01", "title": "Gel Pen", "categories": ["Office", "Pens"]}

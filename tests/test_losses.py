@@ -207,3 +207,21 @@ def test_each_loss_learns_the_target(loss):
         recommendation(query, table, target).backward()
         optimizer.step()
     assert ((query @ table[1:].T).argmax(1) + 1).tolist() == target.tolist()
+
+
+def test_softmax_loss_in_bfloat16_stays_near():
+    """Rounded factors: the loss to 1 %, gradients to 2 % of their norm; an excluded target still gives no NaN."""
+    g = torch.Generator().manual_seed(0)
+    table, query = torch.randn(500, 64, generator=g) * .3, torch.randn(32, 64, generator=g)
+    target, excluded = torch.randint(1, 500, (32,), generator=g), torch.tensor([0, 7])
+    target[0] = 7
+    keep = target != 7
+    results = []
+    for precision in (torch.float32, torch.bfloat16):
+        q, t = query.clone().requires_grad_(), table.clone().requires_grad_()
+        loss = losses.softmax_loss(q, t, target, excluded, keep, precision)
+        loss.backward()
+        results.append((loss.detach(), q.grad, t.grad))
+    assert results[0][1].dtype == results[1][2].dtype == torch.float32
+    for exact, rounded, tolerance in zip(*results, (.01, .02, .02)):
+        assert 0 < (exact - rounded).norm() < tolerance * exact.norm()

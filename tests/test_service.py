@@ -189,6 +189,7 @@ def test_health_tells_when_no_recommendation_can_be_made(data, monkeypatch):
         assert reply.status_code == 503 and reply.json()["code"] == "degraded" and reply.headers["retry-after"]
         failed = client.post("/recommend", json={"history": []})
         assert failed.status_code == 500 and failed.json()["code"] == "internal_error" and "Zero" not in failed.text
+        monkeypatch.setattr(server, "SHORT", 0)  # as with a large catalogue
         monkeypatch.setattr(gate.live.current, "recommend", lambda queries: time.sleep(3) or [])  # slow, and a wrong answer
         gate.service.checked = (0.0, None)
         assert "2 seconds" in client.get("/health").json()["detail"]

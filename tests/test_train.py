@@ -203,7 +203,7 @@ RESULT = ("model.pt2", "item_vectors.npy", "item_ids.txt", "config.json")
 
 
 def without_seconds(path):
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in open(path)]
+    return [{k: v for k, v in json.loads(line).items() if k not in ("seconds", "validation_seconds")} for line in open(path)]
 
 
 def test_the_export_equals_the_trained_model(finished):
@@ -236,10 +236,20 @@ def test_the_same_seed_gives_the_same_files_and_another_does_not(finished, train
         assert (without_seconds(folder / name / "log.jsonl") == without_seconds(finished / "log.jsonl")) is same
 
 
-def test_killed_and_resumed_ends_with_the_same_files(finished, tiny, root):
+BEYOND_THE_PAPER = ["--item-text", "add", "--text-dim", "6", "--dropout", "0.3", "--average", "0.9", "--schedule", "cosine",
+                    "--weight-decay", "0.01", "--score-temperature", "0.1", "--precision", "bfloat16"]
+
+
+@pytest.mark.parametrize("extra", [[], BEYOND_THE_PAPER], ids=["paper", "beyond"])
+def test_killed_and_resumed_ends_with_the_same_files(finished, train, tiny, root, extra):
     """kill -9 twice in the middle of training; the third start finishes with the files of an uninterrupted run."""
-    folder = tiny / "tiny" / "06_train" / "killed"
-    command = [sys.executable, root / "stages/06_train.py", "--data-dir", tiny, "--dataset", "tiny", *TRAIN_FLAGS, "--eimf", "--run", "killed"]
+    if extra:
+        done, folder = train("--eimf", "--run", "whole", *extra)
+        assert done.returncode == 0, done.stderr
+        finished = folder / "whole"
+    folder = tiny / "tiny" / "06_train" / f"killed-{len(extra)}"
+    command = [sys.executable, root / "stages/06_train.py", "--data-dir", tiny, "--dataset", "tiny", *TRAIN_FLAGS, "--eimf", *extra,
+               "--run", folder.name]
     for kill in range(2):
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         checkpoint, seen = folder / "checkpoint" / "last.safetensors", 0.0
@@ -259,6 +269,50 @@ def test_killed_and_resumed_ends_with_the_same_files(finished, tiny, root):
         else:
             assert sha256(folder / name) == sha256(finished / name), name
     assert without_seconds(folder / "log.jsonl") == without_seconds(finished / "log.jsonl")
+
+
+def test_item_text_is_folded_into_the_export(train, tiny):
+    """The exported table is the sum, so an item that no one clicked is scored by its title; the export reads no text."""
+    done, folder = train("--item-text", "add", "--run", "folded", "--score-temperature", "0.5")
+    assert done.returncode == 0, done.stderr
+    scored = np.load(folder / "folded" / "item_vectors.npy")
+    np.testing.assert_allclose(np.linalg.norm(scored[1:], axis=1), 2, rtol=1e-4)  # directions over the temperature
+    assert not scored[0].any()
+    export = load_export(folder / "folded" / "model.pt2")
+    history = torch.tensor([[3, 9, 1] + [0] * 17])
+    interests, routing = export(history)
+    torch.testing.assert_close(interests.norm(dim=2), torch.ones(1, 4))
+    table = dict(export.named_parameters())["items.weight"] if "items.weight" in dict(export.named_parameters()) else dict(export.named_buffers())["items.weight"]
+    expected = F.normalize(routing @ table[history], dim=2)  # the export's own table is the sum too
+    torch.testing.assert_close(interests, expected)
+    torch.testing.assert_close(F.normalize(table[1:], dim=1) * 2, torch.tensor(scored[1:]), rtol=1e-4, atol=1e-5)
+
+
+def test_item_text_starts_or_joins_the_table(stage06, tiny):
+    options = ["--data-dir", str(tiny), "--dataset", "tiny", "--dim", "6"]
+    args = stage06.parse([*options, "--item-text", "init"])
+    item_text, has_text, _ = stage06.load_item_text(Stage("06_train", args, run=args.run), args, N_ITEMS)
+    torch.manual_seed(0)
+    table = stage06.BehaviouralModel(N_ITEMS, args, item_text).items.weight.detach().numpy()[has_text]
+    text = item_text[has_text] - item_text[has_text].mean(0)
+    u, s, _ = np.linalg.svd(text, full_matrices=False)
+    best = (u[:, :6] * s[:6]) @ (u[:, :6] * s[:6]).T  # Gram matrix of the six leading components
+    np.testing.assert_allclose(table @ table.T / (table @ table.T).trace(), best / best.trace(), atol=1e-5)
+    args = stage06.parse([*options, "--item-text", "add"])
+    model = stage06.BehaviouralModel(N_ITEMS, args, item_text)
+    expected = model.items.weight.detach().numpy() + item_text @ model.text_map.weight.detach().numpy().T
+    np.testing.assert_allclose(model.tables()[0].detach().numpy(), expected, atol=1e-5)
+    np.testing.assert_allclose(model.folded().items.weight.detach().numpy(), expected, atol=1e-5)
+
+
+def test_a_recipe_is_a_set_of_defaults(stage06):
+    best = stage06.RECIPES["best"]
+    args = stage06.parse(["--recipe", "best"])
+    assert {name: getattr(args, name) for name in best} == best
+    name = next(name for name in best if isinstance(best[name], float))
+    assert getattr(stage06.parse(["--recipe", "best", f"--{name.replace('_', '-')}", "0.125"]), name) == .125
+    paper = vars(stage06.parse([]))
+    assert paper["item_text"] == "none" and not any(paper[k] for k in ("dropout", "average", "weight_decay", "score_temperature"))
 
 
 def test_a_checkpoint_of_other_settings_is_not_used(train):

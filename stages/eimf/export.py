@@ -24,8 +24,11 @@ def save_export(model, max_len, path):
         file.write(buffer.getbuffer())
 
 
-def load_export(path):
+def load_export(path, bare=False):
     """Load an exported model as a callable. Raises UserError for a file that is no export or that carries a pickle.
+
+    A `bare` one does not check and repack its arguments, which takes longer than the model itself for a single history; the
+    caller answers for dtype and shape.
 
     torch.export archives may hold pickled parts, and torch would unpickle them, even after a failed safe attempt; ours
     never need that, so anything that does is refused before torch opens the file.
@@ -38,6 +41,12 @@ def load_export(path):
                     raise UserError(f"{path} holds a pickled part ({name}); refusing to load it. Run stage 06 again.")
                 if "/sample_inputs/" in name:
                     torch.load(io.BytesIO(archive.read(name)), weights_only=True)
-        return torch.export.load(path).module()
+        module = torch.export.load(path).module()
     except (zipfile.BadZipFile, OSError, UnicodeDecodeError, pickle.UnpicklingError) as error:
         raise UserError(f"{path} is not a readable exported model ({error}). Run stage 06 again.") from None
+    if bare:
+        for node in [n for n in module.graph.nodes if n.op == "call_module" and not n.users]:  # the checks
+            module.graph.erase_node(node)
+        module.graph.set_codegen(torch.fx.graph.CodeGen())
+        module.recompile()
+    return module

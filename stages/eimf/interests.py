@@ -188,9 +188,7 @@ def parse_partition(text, n_items, finish_reason=None):
 def _outcome(text, finish_reason, found, strict, cut, refusal):
     if refusal and not found:
         return "refused"
-    if finish_reason == "length" or (cut and not found):
-        return "truncated"
-    if cut:
+    if cut or finish_reason == "length":
         return "truncated"
     if found:
         return "ok" if strict else "repaired"
@@ -257,7 +255,7 @@ class _Reader:
             if depth >= self.DEPTH:
                 self.position += 1
                 return None
-            return self._object(depth) if start == "{" else self._array(depth)
+            return self._container(depth)
         if start in self.QUOTES and start:
             return self._string(self.QUOTES[start])
         match = self.BARE.match(self.text, self.position)
@@ -272,9 +270,11 @@ class _Reader:
             return None
         return int(bare) if re.fullmatch(r"-?\d{1,9}", bare) else bare
 
-    def _object(self, depth):
+    def _container(self, depth):
+        """The object or array that opens here. A set such as {"a", "b"} is an object with the keys "1", "2"."""
+        keyed = self.text[self.position] == "{"
+        result = {} if keyed else []
         self.position += 1
-        result = {}
         while True:
             here = self._skip()
             if here == "":
@@ -287,38 +287,19 @@ class _Reader:
                 self.position += 1
                 continue
             before = self.position
-            key = self.value(depth + 1)
-            if self._skip() in (":", "：") and self.text[self.position:self.position + 1]:
+            value = self.value(depth + 1)
+            if keyed and self._skip() in (":", "：") and self.position < len(self.text):
                 self.position += 1
-                value = self.value(depth + 1)
+                key, value = value, self.value(depth + 1)
                 if value is not None and key is not None:
                     key = key if isinstance(key, str) else json.dumps(key, ensure_ascii=False)
                     result[key if key not in result else f"{key}#{len(result)}"] = value
-            elif key is not None:  # a set such as {"a", "b"}
-                self.bare |= here not in self.QUOTES
-                result[str(len(result) + 1)] = key
-            if self.position == before:
-                self.position += 1
-
-    def _array(self, depth):
-        self.position += 1
-        result = []
-        while True:
-            here = self._skip()
-            if here == "":
-                self.cut = True
-                return result
-            if here in "]}":
-                self.position += 1
-                return result
-            if here in ",;，、":
-                self.position += 1
-                continue
-            before = self.position
-            value = self.value(depth + 1)
-            self.bare |= isinstance(value, str) and here not in self.QUOTES
-            if value is not None:
-                result.append(value)
+            elif value is not None:
+                self.bare |= here not in self.QUOTES and (keyed or isinstance(value, str))
+                if keyed:
+                    result[str(len(result) + 1)] = value
+                else:
+                    result.append(value)
             if self.position == before:
                 self.position += 1
 

@@ -11,11 +11,14 @@ A back end has a `model` name that goes into the request bodies, a `source` stam
 
 `Offline` below shows that adding one takes ten lines.
 """
+import errno
 import gzip
 import hashlib
 import json
 import os
 import re
+import sqlite3
+import threading
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -85,51 +88,90 @@ def malformed(body):
 
 
 def usage_of(answer):
-    """(prompt tokens, completion tokens) that the server counted, 0 where it did not."""
+    """{"prompt_tokens": n, "completion_tokens": n} as the server counted them, 0 where it did not."""
     usage = ((answer.get("response") or {}).get("body") or {}).get("usage") or {}
-    return tuple(usage.get(k) or 0 for k in TOKENS)
+    return {kind: usage.get(kind) or 0 for kind in TOKENS}
+
+
+class DiskTable:
+    """A mapping from text to text in a private temporary file, for what grows with the number of requests. Thread-safe.
+
+    Memory stays at 2 MiB, sqlite's page cache; the file is removed with the process, however that ends.
+    """
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._table = sqlite3.connect("", isolation_level=None, check_same_thread=False)  # "" asks for such a file
+        self._run("PRAGMA journal_mode = OFF")
+        self._run("CREATE TABLE entries (key BLOB PRIMARY KEY, value TEXT) WITHOUT ROWID")
+        self._run("BEGIN")
+
+    def _run(self, statement, values=()):
+        try:
+            with self._lock:
+                return self._table.execute(statement, values).fetchone()
+        except sqlite3.OperationalError as error:
+            raise UserError(f"the temporary file of the answers' places: {error}. Make room in the temporary folder, or set "
+                            "SQLITE_TMPDIR to another one") from None
+
+    def __setitem__(self, key, value):
+        self._run("INSERT OR REPLACE INTO entries VALUES (?, ?)", (key.encode(errors="surrogatepass"), value))
+
+    def get(self, key):
+        """The value, or None."""
+        row = self._run("SELECT value FROM entries WHERE key = ?", (key.encode(errors="surrogatepass"),))
+        return row and row[0]
+
+    def __len__(self):
+        return self._run("SELECT count(*) FROM entries")[0]
+
+    def close(self):
+        self._table.close()
 
 
 class Journal:
-    """Append-only file of records, one JSON line each, indexed by key; bodies stay on disk.
+    """Append-only file of records, one JSON line each, indexed by key.
 
     A line is one write of an append-only file, so a kill can only leave a last line without its end; it is closed and
-    skipped at the next start. `others` are further journals to read from (other shards').
+    skipped at the next start. `others` are further journals to read from (other shards'). The length is the number of keys.
     """
 
     def __init__(self, path, others=(), writable=True):
-        self.paths = [path, *others]
-        self.index = {}  # key -> (file number, offset of the record to use, number of answers)
-        self.unreadable = 0
-        self._file = None
+        self._index = DiskTable()  # key -> [file number, offset, bytes, number of answers] of the record to use
+        self._writer, self._readers, self.unreadable = None, {}, 0
         if writable:
-            self._file = open(path, "ab+", buffering=0)
-            self._file.seek(0, os.SEEK_END)
-            if self._file.tell():
-                self._file.seek(-1, os.SEEK_END)
-                if self._file.read(1) != b"\n":
-                    self._file.write(b"\n")
-        for number, file in enumerate(self.paths):
-            if not os.path.exists(file):
-                continue
-            with open(file, "rb") as lines:
-                offset = 0
-                for line in lines:
+            self._writer = open(path, "ab+", buffering=0)
+            if end := self._writer.seek(0, os.SEEK_END):
+                self._writer.seek(end - 1)
+                if self._writer.read(1) != b"\n":
+                    self._writer.write(b"\n")
+        for number, file in enumerate([path, *others]):
+            if os.path.exists(file):
+                self._readers[number], offset = open(file, "rb"), 0
+                for line in self._readers[number]:
                     if line.strip():
                         self._note(line, number, offset)
                     offset += len(line)
-        self._readers = {}
+
+    def __len__(self):
+        return len(self._index)
+
+    def __contains__(self, key):
+        return self._index.get(key) is not None
+
+    def _find(self, key):
+        return json.loads(self._index.get(key) or "[0, 0, 0, 0]")
 
     def _note(self, line, number, offset):
         try:
             entry = json.loads(line)
             key, answered = entry["key"], entry["response"] is not None
-        except (ValueError, KeyError, TypeError):
+            count = self._find(key)[3]
+        except (ValueError, KeyError, TypeError, AttributeError):
             self.unreadable += 1
             return
-        count = self.index.get(key, (0, 0, 0))[2]
         if answered or not count:  # an answer is never replaced by a later failure
-            self.index[key] = (number, offset, count + answered)
+            self._index[key] = json.dumps([number, offset, len(line), count + answered])
 
     def add(self, entry):
         """Append a record; it is in the file's page cache when this returns."""
@@ -137,28 +179,29 @@ class Journal:
             line = (json.dumps(entry, ensure_ascii=False) + "\n").encode()
         except UnicodeEncodeError:  # half a surrogate pair, as a cut-off answer may end with
             line = (json.dumps(entry) + "\n").encode()
-        offset = self._file.seek(0, os.SEEK_END)
-        self._file.write(line)
+        offset = self._writer.seek(0, os.SEEK_END)
+        if self._writer.write(line) != len(line):  # the next start closes what was written of it
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._writer.name)
         self._note(line, 0, offset)
 
     def get(self, key):
         """The newest answer for `key`, else its newest failure, else None."""
-        if key not in self.index:
-            return None
-        number, offset, _ = self.index[key]
-        if number not in self._readers:
-            self._readers[number] = open(self.paths[number], "rb")
-        self._readers[number].seek(offset)
-        return json.loads(self._readers[number].readline())
+        number, offset, length, _ = self._find(key)
+        return json.loads(os.pread(self._readers[number].fileno(), length, offset)) if length else None
 
     def answers(self, key):
         """Number of answers (not failures) stored for `key`."""
-        return self.index.get(key, (0, 0, 0))[2]
+        return self._find(key)[3]
+
+    def answered(self, keys):
+        """The newest answer of each of `keys` that has one."""
+        return (self.get(key) for key in keys if self.answers(key))
 
     def close(self):
-        for file in [*self._readers.values(), self._file]:
+        for file in [*self._readers.values(), self._writer]:
             if file is not None:
                 file.close()
+        self._index.close()
 
 
 def read_batch(path):
@@ -185,7 +228,7 @@ def read_batch(path):
 
 
 class Responses:
-    """Answers of a Batch output file, by request key or by user. The texts are kept in memory.
+    """Answers of a Batch output file, by request key or by user.
 
     match "hash": the record's `key`, or the hash after the last "#" of custom_id. match "user": what follows the first
     "/" in custom_id, without such a hash. Failed lines are counted in `failed`, not kept.
@@ -193,7 +236,7 @@ class Responses:
     HASH = re.compile(r"#([0-9a-f]{16})$")
 
     def __init__(self, path, match):
-        self.match, self.failed, self.found = match, 0, {}
+        self.match, self.failed, self.found = match, 0, DiskTable()
         for _, entry in read_batch(path):
             response = entry["response"]
             if response is None or response["status_code"] != 200 or malformed(response["body"]):
@@ -204,7 +247,7 @@ class Responses:
             else:
                 suffix = self.HASH.search(entry["custom_id"])
                 name = str(entry.get("key") or (suffix and suffix[1]))[:16]
-            self.found[name] = json.dumps(response["body"], ensure_ascii=False)
+            self.found[name] = json.dumps(response["body"])
 
     def body(self, request):
         """The chat completion recorded for a request, or None."""
@@ -283,10 +326,16 @@ class Local:
                 with open(path, "rb") as file:
                     digest.update(f"{name}:{os.path.getsize(path)}:".encode() + file.read(1 << 20))
         self.model = f"{os.path.basename(os.path.abspath(folder))}@{digest.hexdigest()[:12]}"
+        self.positions = getattr(self.network.config, "max_position_embeddings", None)
 
     def answers(self, requests):
         batch = []
         for request in requests:
+            length = self.count(self._prompt(request)) + request.body["max_tokens"]
+            if self.positions and length > self.positions:
+                yield record(request, None, self.source, {"code": "rejected", "message": f"prompt and --max-tokens together are "
+                                                          f"{length} tokens, the model has {self.positions} positions"})
+                continue
             batch.append(request)
             if len(batch) == self.batch_size:
                 yield from self._generate(batch)
@@ -298,12 +347,15 @@ class Local:
         """Tokens of a text."""
         return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
+    def _prompt(self, request):
+        return self.tokenizer.apply_chat_template(request.body["messages"], tokenize=False, add_generation_prompt=True)
+
     def _generate(self, batch):
         import torch
         body = batch[0].body
-        texts = [self.tokenizer.apply_chat_template(request.body["messages"], tokenize=False, add_generation_prompt=True)
-                 for request in batch]
-        tokens = self.tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False).to(self.device)
+        texts = [self._prompt(request) for request in batch]
+        tokens = self.tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False,
+                                return_token_type_ids=False).to(self.device)
         settings = {"do_sample": False} if not body["temperature"] else {"do_sample": True, "temperature": body["temperature"]}
         torch.manual_seed(int(batch[0].key[:8], 16))
         try:
@@ -311,10 +363,12 @@ class Local:
                 output = self.network.generate(**tokens, max_new_tokens=body["max_tokens"],
                                                pad_token_id=self.tokenizer.pad_token_id, **settings)
         except torch.cuda.OutOfMemoryError:
+            output = None  # tried again outside: here the exception still holds what was allocated
+        if output is None:
+            torch.cuda.empty_cache()
             if len(batch) == 1:
                 yield record(batch[0], None, self.source, {"code": "out_of_memory", "message": f"{len(texts[0])} characters"})
                 return
-            torch.cuda.empty_cache()
             self.batch_size = max(1, len(batch) // 2)
             for half in (batch[:len(batch) // 2], batch[len(batch) // 2:]):
                 yield from self._generate(half)

@@ -29,9 +29,11 @@ def token_counter(folder):
 
 
 class Prompts:
-    """The requests, rebuilt whenever they are needed: memory holds their keys only.
+    """The requests, rebuilt whenever they are needed: memory holds 32 bytes of key and a few numbers for each.
 
-    `users`, `start`, `end` int64 (prompts,): whose events, and which of the flat arrays a prompt may see.
+    `users`, `start`, `end` int64 (prompts,): whose events, and which of the flat arrays a prompt may see. Known after
+    `first_pass`: `shown_start` int64 and `truncated` bool (prompts,), where the events shown begin and whether that is later
+    than `start`.
     """
 
     def __init__(self, args, interactions, items, user_ids, typical, model, template, count):
@@ -52,15 +54,17 @@ class Prompts:
             end = start + np.maximum(1, ((end - start) * HISTORY_FRACTION).astype(np.int64))
         self.users, self.start, self.end = users, start, end
         self.args, self.items, self.user_ids, self.model, self.count = args, items, user_ids, model, count
-        self.events, self.template = interactions.items, template
+        self.events, self.template, self.template_tokens = interactions.items, template, count(template)
         self.fields = (args.item_text or ("title,categories" if args.llm == "offline" else "title")).split(",")
-        self.shown_start, self.truncated, self.keys = end.copy(), 0, []
+        self.shown_start, self.truncated = end.copy(), np.zeros(len(users), bool)
+        self.digests = np.zeros((len(users), 32), np.uint8)  # the requests' keys; zero for a history without text
+        self.first = np.zeros(0, np.int64)  # ascending: the first prompt of each key
         self.described = {}  # item number -> (line, tokens)
 
     def history(self, index):
-        """(item numbers, lines, was truncated) of a prompt, oldest first: the newest items that fit into --max-prompt-tokens."""
-        budget = self.args.max_prompt_tokens - self.count(self.template)
-        numbers, lines, truncated = [], [], False
+        """(item numbers, lines) of a prompt, oldest first: the newest items that fit into --max-prompt-tokens."""
+        budget = self.args.max_prompt_tokens - self.template_tokens
+        numbers, lines = [], []
         for position in range(self.end[index] - 1, self.start[index] - 1, -1):
             number = int(self.events[position])
             if number not in self.described:
@@ -68,22 +72,21 @@ class Prompts:
                 self.described[number] = line, self.count(line) + 2
             line, tokens = self.described[number]
             if line and numbers and tokens > budget:
-                truncated = True
+                self.truncated[index] = True
                 break
             self.shown_start[index] = position
             if line:
                 if tokens > budget:  # one title longer than everything: its beginning
-                    line, truncated = line[:max(1, int(len(line) * budget / tokens))], True
+                    line = line[:max(1, int(len(line) * budget / tokens))]
+                    self.truncated[index] = True
                 budget -= tokens
                 numbers.append(number)
                 lines.append(line)
-        return numbers[::-1], lines[::-1], truncated
+        return numbers[::-1], lines[::-1]
 
     def request(self, index):
         """The Request of a prompt, or None if no item of the history has text."""
-        numbers, lines, truncated = self.history(index)
-        if len(self.keys) == index:
-            self.truncated += truncated
+        numbers, lines = self.history(index)
         if not lines:
             return None
         args = self.args
@@ -99,29 +102,38 @@ class Prompts:
         return Request(f"{args.dataset}/{user_id}#{request.key[:16]}", body, user_id, request.history)
 
     def first_pass(self):
-        """Build every request once, remember its key (None without text), and yield it."""
-        for index in range(len(self.users)):
-            request = self.request(index)
-            self.keys.append(request and request.key)
-            if request:
+        """Build every request once, remember its key, and yield it; histories without text have none."""
+        for index in range(len(self)):
+            if request := self.request(index):
+                self.digests[index] = np.frombuffer(bytes.fromhex(request.key), np.uint8)
                 yield request
+        _, first = np.unique(self.digests.view("V32").ravel(), return_index=True)
+        self.first = np.sort(first[self.digests[first].any(axis=1)])
+
+    def __len__(self):
+        return len(self.users)
+
+    def key(self, index):
+        """The request's key, None without text."""
+        return self.digests[index].tobytes().hex() if self.digests[index].any() else None
+
+    def distinct(self):
+        """All keys, each once."""
+        return map(self.key, self.first)
 
     def pending(self, journal, shard, again=None, reuse=True):
-        """Requests of this shard without an answer, each key once; in a later round those whose answers `again(entry)` rejects;
-        all of them without `reuse`."""
+        """Numbers of this shard's prompts without an answer, each key once; in a later round those whose answers
+        `again(entry, index)` rejects; all of them without `reuse`."""
         number, of = map(int, shard.split("/")) if shard else (1, 1)
-        seen = set()
-        for index, key in enumerate(self.keys):
-            if key is None or key in seen or index % of != number - 1:
-                continue
-            seen.add(key)
+        for index in self.first[number - 1::of].tolist():
+            key = self.key(index)
             if again is None and reuse:
-                if journal.answers(key) or (not self.args.retry_failed and key in journal.index
+                if journal.answers(key) or (not self.args.retry_failed and key in journal
                                             and journal.get(key)["error"]["code"] in FINAL):
                     continue
             elif again and not (0 < journal.answers(key) < self.args.answer_attempts and again(journal.get(key), index)):
                 continue
-            yield self.request(index)
+            yield index
 
     def parse(self, entry, index):
         text, reason, _ = answer_text(entry)
@@ -136,7 +148,7 @@ class Prompts:
 
     def row(self, index, journal):
         """The result line of a prompt."""
-        key = self.keys[index]
+        key = self.key(index)
         entry = key and journal.get(key)
         row = {"user": int(self.users[index]), "id": self.user_ids[self.users[index]]}
         if entry and entry["response"]:
@@ -181,6 +193,6 @@ def leakage(prompts, interactions, args):
     if any(found.values()):
         raise UserError(f"prompts have seen events they must not: {found}; nothing was written")
     return found | {"split": interactions.kind, "prefix_only": args.prefix_only, "prompts": len(first),
-                    "events_seen": int((prompts.end - first).sum()), "truncated_histories": prompts.truncated,
+                    "events_seen": int((prompts.end - first).sum()), "truncated_histories": int(prompts.truncated.sum()),
                     "answers_saw_more_than_the_prompt": "perhaps: recorded answers matched by user" if args.llm == "recorded"
                     and args.match == "user" else "no"}

@@ -5,6 +5,8 @@ Shapes: B queries, L history length, K interests, D dimension, N items, M labels
 import argparse
 import hashlib
 import html
+import json
+import math
 import re
 import unicodedata
 from bisect import bisect_left
@@ -13,14 +15,17 @@ from pathlib import Path
 
 import hnswlib
 import numpy as np
-import torch
+
+import eimf_core
 
 from .artifacts import Stage, UserError, load_array, load_json, load_lines, sha256
 from .data import load_interactions, load_items, load_user_ids
 from .export import load_export
 from .ranking import interests_of, rank
 
+encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode  # json.dumps makes a new encoder in every call
 BECAUSE = 3  # history items named as the reason of an interest
+MODEL_BATCH = 256  # histories in one model call: with more, what it computes no longer stays in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,7 @@ class Recommender:
         self.popular = (np.argsort(-self.counts[1:], kind="stable") + 1).tolist()  # ties by lower number
         self.titles_index = TitleIndex(self.titles, self.ids, self.popular)
         self._load_labels(trained)
-        self.model = load_export(trained / "model.pt2")
+        self.model = load_export(trained / "model.pt2", bare=True)
         self.retrieval, self.index = self._choose_retrieval(stage, retrieval), None
         if self.retrieval == "hnsw":
             self._load_index(stage)
@@ -99,6 +104,7 @@ class Recommender:
         # Titles of the public data sets hold HTML entities; they are text here, and whoever shows them escapes them.
         self.titles = [None, *(html.unescape(item["title"]) if item.get("title") else None for item in items[1:])]
         self.number = {item_id: n for n, item_id in enumerate(self.ids) if n}
+        self.id_texts = list(map(encode, self.ids))
         self.vectors = load_array(trained / "item_vectors.npy")
         trained_ids = (trained / "item_ids.txt").read_text(encoding="utf-8").split("\n")[1:-1]
         if trained_ids != self.ids[1:] or self.vectors.shape != (len(self.ids), self.config["dim"]):
@@ -106,7 +112,8 @@ class Recommender:
                             f"{len(self.ids) - 1} items). Run stage 06 again.")
         if not np.isfinite(self.vectors).all():
             raise UserError(f"{trained / 'item_vectors.npy'} holds NaN or infinite values. Run stage 06 again.")
-        self.unit_vectors = unit(self.vectors)
+        self.unit_vectors, self.pieces = unit(self.vectors), {}
+        self.table = eimf_core.Items(self.vectors[1:])  # checked and laid out once, not for each of the small calls
         self.category = [None, *((html.unescape(item["categories"][-1]) if item["categories"] else None) for item in items[1:])]
         if len(set(self.category)) <= 2:  # padding's None and one name: it tells no item from another
             self.category = [None] * len(self.ids)
@@ -117,17 +124,21 @@ class Recommender:
 
     def _load_labels(self, trained):
         """Texts and vectors of explicit interests and the 2-D projection, where the export has them."""
-        self.labels, self.label_vectors, self.label_source, self.projection = [], None, None, None
+        self.labels, self.label_vectors, self.label_table, self.label_source, self.projection = [], None, None, None, None
         if "label_vectors.npy" in self.manifest["outputs"]:
             vectors, self.labels = load_array(trained / "label_vectors.npy"), load_lines(trained / "labels.jsonl")
             self.label_source = load_json(trained / "labels.json")["source"]
             if vectors.shape != (len(self.labels), self.vectors.shape[1]):
                 raise UserError(f"{trained}: label vectors {vectors.shape} for {len(self.labels)} labels of "
                                 f"{self.vectors.shape[1]} dimensions. Run stage 06 again.")
-            self.label_vectors = torch.from_numpy(unit(vectors)) if self.labels else None
+            self.label_vectors = unit(vectors)
+            self.label_table = eimf_core.Items(self.label_vectors) if self.labels else None
         if "map_projection.npy" in self.manifest["outputs"]:
             self.projection = load_array(trained / "map_projection.npy")  # (D + 1, 2), the last row is the shift
-            self.position = [[round(x, 4), round(y, 4)] for x, y in self.project(self.vectors).tolist()]  # N + 1 points
+            self.position = self.project(self.vectors).astype(np.float64).round(4)  # (N + 1, 2)
+        for name, array in (("label_vectors.npy", self.label_vectors), ("map_projection.npy", self.projection)):
+            if array is not None and not np.isfinite(array).all():
+                raise UserError(f"{trained / name} holds NaN or infinite values. Run stage 06 again.")
 
     def project(self, vectors):
         """Place of vectors (n, D) on the map: (n, 2). Lengths do not matter, only directions."""
@@ -158,7 +169,7 @@ class Recommender:
             raise UserError(f"{path} was built from other item vectors than {key} holds now. {again}")
         self.index = hnswlib.Index(space="ip", dim=facts["dim"])
         self.index.load_index(str(path))
-        self.ef = facts["ef"]
+        self.index.set_ef(facts["ef"])  # the least; hnswlib itself raises it to the number of items that is asked for
 
     # ---- ranking ----
 
@@ -185,7 +196,7 @@ class Recommender:
         for row, answer in enumerate(answers):
             newest = answer.history[-self.max_len:]
             history[row, :len(newest)] = newest
-        return interests_of(self.model, history)[0]  # (B, K, D)
+        return interests_of(self.model, history, batch=MODEL_BATCH)[0]  # (B, K, D)
 
     def _prepare(self, query):
         """Item numbers of the history, ids that are unknown, and item numbers that must not be returned."""
@@ -220,7 +231,7 @@ class Recommender:
             indptr = np.cumsum([0, *(len(a.excluded) for a in group)])
             excluded = np.fromiter((n for a in group for n in a.excluded), dtype=np.int64, count=indptr[-1])
             wanted = [self._wanted(a) for a in group]
-            ranked = rank(np.stack([a.interests for a in group]), self.vectors, max(1, *wanted), (indptr, excluded), self.threads)
+            ranked = rank(np.stack([a.interests for a in group]), self.table, max(1, *wanted), (indptr, excluded), self.threads)
             for answer, n, items, scores, winner in zip(group, wanted, *(x.tolist() for x in ranked)):
                 answer.items, answer.scores, answer.winner = items[:n], scores[:n], winner[:n]
 
@@ -233,7 +244,6 @@ class Recommender:
         fetch = wanted + len(answer.excluded)
         if fetch > (len(self.ids) - 1) // 2:  # the graph would be walked nearly whole
             return False
-        self.index.set_ef(max(self.ef, fetch))
         try:
             labels, _ = self.index.knn_query(answer.interests, k=fetch, num_threads=1)
         except RuntimeError:  # hnswlib's way of saying that the graph search reached fewer than `fetch` items
@@ -277,60 +287,83 @@ class Recommender:
 
     def item(self, number):
         """{"id", "title"} of an item number, and its place on the map; the title is null where the data has none."""
-        entry = {"id": self.ids[number], "title": self.titles[number]}
-        if self.projection is not None:
-            entry["position"] = self.position[number]
-        return entry
+        return json.loads(f"{{{self._piece(number)[1]}}}")
+
+    def _piece(self, number):
+        """The JSON of an item without the braces, made once: its id and title; with its place on the map; with its category."""
+        piece = self.pieces.get(number)
+        if piece is None:
+            brief = f'"id": {self.id_texts[number]}, "title": {encode(self.titles[number])}'
+            place = "" if self.projection is None else f', "position": {encode(self.position[number].tolist())}'
+            piece = self.pieces[number] = brief, brief + place, f'{brief}{place}, "category": {encode(self.category[number])}'
+        return piece
 
     def describe(self, answers):
-        """Answers as JSON objects. Where the query asks to explain, with each interest's label and nearest history items.
+        """Answers as JSON objects, see to_json."""
+        return [json.loads(text) for text in self.to_json(answers)]
+
+    def to_json(self, answers):
+        """JSON texts of answers. Where the query asks to explain, with each interest's label and nearest history items.
 
         A label is the explicit interest text nearest to the interest by cosine in the aligned space. It was read out of
-        the history of some cluster's typical user, not of this user's, and says so.
+        the history of some cluster's typical user, not of this user's, and says so. Texts are put together from pieces
+        that were encoded before: encoding whole objects would take longer than ranking all items.
         """
         explained = [a for a in answers if a.query.explain and a.history]
-        labels = iter(self._labels(np.concatenate([a.interests for a in explained])) if explained else [])  # K per answer
-        return [self._describe(a, [next(labels) for _ in a.interests] if a.query.explain and a.history else []) for a in answers]
+        reasons = iter(self._reasons(explained) if explained else [])
+        return [self._to_json(a, next(reasons) if a.query.explain and a.history else ([], {-1: "[]"})) for a in answers]
 
     def _labels(self, interests):
-        """Label of each interest (n, D): a list of dicts, None where the export has no labels."""
-        if self.label_vectors is None:
-            return [None] * len(interests)
-        cosine, nearest = (torch.from_numpy(unit(interests)) @ self.label_vectors.T).max(1)
-        return [{"text": self.labels[n]["text"], "similarity": round(c, 4), "of": "typical user", "cluster": self.labels[n]["cluster"]}
-                for n, c in zip(nearest.tolist(), cosine.tolist())]
+        """JSON of the label of each interest, unit vectors (n, D); null where the export has no labels."""
+        if self.label_table is None:
+            return ["null"] * len(interests)
+        nearest, cosine, _ = eimf_core.top_n(interests[:, None], self.label_table, 1, n_threads=self.threads)
+        return [f'{{"text": {encode(self.labels[n]["text"])}, "similarity": {c:.4f}, "of": "typical user", '
+                f'"cluster": {self.labels[n]["cluster"]}}}' for n, c in zip(nearest[:, 0].tolist(), cosine[:, 0].tolist())]
 
-    def _describe(self, answer, labels):
-        result = {"run": self.run, "fallback": answer.fallback, "unknown_items": answer.unknown,
-                  "unknown_categories": answer.unknown_categories}
-        because = []
-        if answer.query.explain:
-            result |= {"label_source": self.label_source, "history": [self.item(n) for n in answer.history]}
-            result["interests"], because = self._reasons(answer, labels) if answer.history else ([], [])
-        result["items"] = items = []
-        for place, (n, score, winner) in enumerate(zip(answer.items, answer.scores, answer.winner), 1):
-            entry = {"rank": place, "id": self.ids[n], "title": self.titles[n], "score": round(score, 6),
-                     "interest": winner if winner >= 0 else None}
-            if answer.query.explain:
-                entry |= {"category": self.category[n], "because_of": because[winner] if because else []}
-                if self.projection is not None:
-                    entry["position"] = self.position[n]
-            items.append(entry)
-        return result
+    def _to_json(self, answer, reasons):
+        if not math.isfinite(sum(answer.scores)):
+            raise ValueError("a score is not finite")
+        explain, piece = answer.query.explain, self._piece
+        parts = [f'"run": {encode(self.run)}, "fallback": {encode(answer.fallback)}, "unknown_items": {encode_list(answer.unknown)}, '
+                 f'"unknown_categories": {encode_list(answer.unknown_categories)}']
+        rows = zip(range(1, len(answer.items) + 1), answer.items, answer.scores, answer.winner)
+        if explain:
+            interests, because = reasons
+            history = ", ".join(f"{{{piece(n)[1]}}}" for n in answer.history)
+            parts.append(f'"label_source": {encode(self.label_source)}, "history": [{history}], "interests": [{", ".join(interests)}]')
+            items = [f'{{"rank": {rank}, {piece(n)[2]}, "score": {score:.6f}, "interest": {winner if winner >= 0 else "null"}, '
+                     f'"because_of": {because[winner]}}}' for rank, n, score, winner in rows]
+        else:
+            items = [f'{{"rank": {rank}, {piece(n)[0]}, "score": {score:.6f}, "interest": {winner if winner >= 0 else "null"}}}'
+                     for rank, n, score, winner in rows]
+        parts.append(f'"items": [{", ".join(items)}]')
+        return f"{{{', '.join(parts)}}}"
 
-    def _reasons(self, answer, labels):
-        """JSON objects of the interests, and the ids of the history items closest to each by cosine, newer first if equal."""
-        numbers = list(dict.fromkeys(answer.history[:-self.max_len - 1:-1]))  # distinct, newest first
-        cosine = self.unit_vectors[numbers] @ unit(answer.interests).T  # (distinct, K)
-        nearest = np.argsort(-cosine, 0, kind="stable")[:BECAUSE].T.tolist()  # (K, BECAUSE)
-        cosine = cosine.tolist()
-        interests = [{"interest": i, "label": label, "because_of": [
-            self.item(numbers[n]) | {"similarity": round(cosine[n][i], 4)} for n in row]}
-            for i, (label, row) in enumerate(zip(labels, nearest))]
-        if self.projection is not None:
-            for entry, (x, y) in zip(interests, self.project(answer.interests).tolist()):
-                entry["position"] = [round(x, 4), round(y, 4)]
-        return interests, [[self.ids[numbers[n]] for n in row] for row in nearest]
+    def _reasons(self, answers):
+        """Of each answer, JSON texts of its interests, and of the ids of the history items closest to each; newer first if equal."""
+        interests = unit(np.concatenate([a.interests for a in answers]))  # (n, D), K of each answer
+        labels = self._labels(interests)
+        places = [""] * len(labels) if self.projection is None else [
+            f', "position": [{x:.4f}, {y:.4f}]' for x, y in self.project(interests).tolist()]
+        at = 0
+        for answer in answers:
+            k = len(answer.interests)
+            numbers = list(dict.fromkeys(answer.history[:-self.max_len - 1:-1]))  # distinct, newest first
+            cosine = interests[at:at + k] @ self.unit_vectors[numbers].T  # (K, distinct)
+            nearest = np.argsort(-cosine, 1, kind="stable")[:, :BECAUSE].tolist()
+            texts, because = [], []
+            for i, (row, values) in enumerate(zip(nearest, cosine.tolist())):
+                items = ", ".join(f'{{{self._piece(numbers[n])[1]}, "similarity": {values[n]:.4f}}}' for n in row)
+                texts.append(f'{{"interest": {i}, "label": {labels[at + i]}, "because_of": [{items}]{places[at + i]}}}')
+                because.append(f"[{', '.join([self.id_texts[numbers[n]] for n in row])}]")
+            at += k
+            yield texts, because
+
+
+def encode_list(names):
+    """JSON text of a list of strings."""
+    return f"[{', '.join(map(encode, names))}]"
 
 
 def diversify(scores, groups, k, strength):

@@ -20,6 +20,10 @@ from .artifacts import UserError
 from .recommender import Query, Recommender, choose_run, fingerprint
 
 MAX_BATCH = 64  # queries in one kernel call; more only makes those in front wait for those behind
+GATHER_SECONDS = .002  # pause between two kernel calls while fewer than ENOUGH wait: one call for four queries takes half the
+ENOUGH = 8  # time of four calls, and a query that comes alone does not wait
+SHORT = 1_000_000  # queries x items up to which a call is made by the thread that also reads requests: it takes milliseconds,
+# and on one core two threads would lose more by taking turns. Longer calls go to a thread of their own.
 MAX_WAITING = 4096  # queries that may wait; beyond that the answer is 503
 CONNECTION_SECONDS = 30  # a connection that completes no response in this time is closed
 CONNECTION_BYTES = 2 << 20  # and so is one that sends more than this before a response is complete
@@ -58,7 +62,7 @@ class Live:
                 return None
             self.refused = found  # until the opposite is shown
             fresh = self.load()
-            fresh.describe(fresh.recommend([Query(history=(fresh.ids[1],))]))
+            fresh.to_json(fresh.recommend([Query(history=(fresh.ids[1],))]))
         except Exception as error:  # whatever is wrong with a new export, the old one goes on serving
             log.error("a new export is refused, run %s goes on serving: %s", self.current.run, error,
                       exc_info=not isinstance(error, UserError))
@@ -73,15 +77,15 @@ class Live:
             metrics.set("eimf_resident_memory_bytes", resident_bytes())
             if result := self.poll():
                 metrics.add(f'eimf_reloads_total{{result="{result}"}}')
-                gc.collect()  # an exported module refers to itself, so the old one would linger
+                settle_memory()
 
 
 class Batcher:
-    """Answers queries in one thread; those that arrive while it works are answered together next time."""
+    """Answers queries in one thread at a time; those that arrive while it works are answered together next time."""
 
     def __init__(self, live, metrics):
         self.live, self.metrics = live, metrics
-        self.groups, self.waiting, self.busy = deque(), 0, False
+        self.groups, self.waiting, self.busy, self.ended = deque(), 0, False, 0.0
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="recommend")
 
     async def ask(self, queries):
@@ -94,8 +98,12 @@ class Batcher:
         self.waiting += len(queries)
         if not self.busy:
             self.busy = True
-            loop.call_soon(self._start, loop)  # not at once: requests read in the same turn of the loop come along
+            self._schedule(loop)
         return await future
+
+    def _schedule(self, loop):
+        # Never at once: requests that are read in the same turn of the loop come along.
+        loop.call_at(self.ended + GATHER_SECONDS if self.waiting < ENOUGH else self.ended, self._start, loop)
 
     def _start(self, loop):
         batch, size = [], 0
@@ -104,29 +112,33 @@ class Batcher:
             size += len(batch[-1][0])
         self.waiting -= size
         self.metrics.observe("eimf_batch_queries", size)
-        self.pool.submit(self._work, batch, loop)
+        recommender = self.live.current  # one for the whole batch, whatever is swapped in meanwhile
+        if size * len(recommender.ids) <= SHORT:
+            self._finish(batch, self._work(batch, recommender), loop)
+        else:
+            self.pool.submit(lambda: loop.call_soon_threadsafe(self._finish, batch, self._work(batch, recommender), loop))
 
-    def _work(self, batch, loop):
-        # One recommender for the whole batch, whatever is swapped in meanwhile.
-        results = iter(answer_all(self.live.current, [query for queries, _ in batch for query in queries]))
-        loop.call_soon_threadsafe(self._finish, batch, [[next(results) for _ in queries] for queries, _ in batch], loop)
+    @staticmethod
+    def _work(batch, recommender):
+        """Results of each group of queries, lists of JSON texts and exceptions."""
+        results = iter(answer_all(recommender, [query for queries, _ in batch for query in queries]))
+        return [[next(results) for _ in queries] for queries, _ in batch]
 
     def _finish(self, batch, results, loop):
         for (_, future), result in zip(batch, results):
             if not future.done():  # a client that went away has cancelled its own
                 future.set_result(result)
-        self.busy = bool(self.groups)
+        self.busy, self.ended = bool(self.groups), loop.time()
         if self.busy:
-            self._start(loop)
+            self._schedule(loop)
 
 
 def answer_all(recommender, queries):
     """JSON text or exception of each query. A query that fails does not take the others with it."""
     try:
         known = [q for q in queries if q.user is None or q.user in recommender.users]
-        described = iter(recommender.describe(recommender.recommend(known)))
-        return [json.dumps(next(described), ensure_ascii=False, allow_nan=False) if q.user is None or q.user in recommender.users
-                else KeyError(q.user) for q in queries]
+        texts = iter(recommender.to_json(recommender.recommend(known)))
+        return [next(texts) if q.user is None or q.user in recommender.users else KeyError(q.user) for q in queries]
     except Exception as error:
         if len(queries) == 1:
             log.exception("a query failed")
@@ -166,7 +178,7 @@ class Metrics:
             self.file.truncate(workers * len(names) * 8)
             self.rows = np.memmap(path, dtype=np.float64, shape=(workers, len(names)), mode="r+")
             mine = next(row for row in range(workers) if self._claim(row))
-        self.row = self.rows[mine]
+        self.row = np.asarray(self.rows[mine])
 
     def _claim(self, row):
         try:
@@ -207,6 +219,14 @@ class Metrics:
             if value or not name.startswith("eimf_requests_total"):
                 lines.append(f"{name} {value:.17g}")
         return "\n".join(lines) + "\n"
+
+
+def settle_memory():
+    """Free what is no longer used (an exported module refers to itself, so an old one would linger), then tell the garbage
+    collector to leave alone what is there: going through all of it now and then would stop the server for .2 s each time."""
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
 
 
 def resident_bytes():
@@ -272,7 +292,7 @@ def serve(settings, host, port, workers):
     print(f"serving run {app.live.current.run} on http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]} "
           f"with {workers} worker{'s' * (workers > 1)}; Ctrl-C stops", flush=True)
     options = {"fd": listener.fileno(), "http": Connection, "ws": "none", "access_log": False, "log_level": "warning",
-               "timeout_graceful_shutdown": 20, "server_header": False}
+               "timeout_graceful_shutdown": 20, "server_header": False, "proxy_headers": False}
     if workers == 1:
         uvicorn.run(app, **options)
         return
@@ -287,6 +307,9 @@ def listen(host, port):
     """A bound socket. Raises UserError if the address cannot be had."""
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    # Inherited by its connections: asyncio does it only where it knows the family, and uvicorn hides that. Without it, the
+    # second part of an answer waits 40 ms for the client's system to confirm the first.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     try:
         listener.bind((host, port))
         listener.listen(2048)  # from now on clients wait for the server to be ready instead of being refused

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from . import losses
@@ -15,22 +16,26 @@ from .artifacts import UserError, load_array, load_json, load_lines, save_array,
 class Teacher(nn.Module):
     """The explicit side: frozen text vectors, one learned map to D, self-attention over explicit interests (Eq. 4, 7)."""
 
-    def __init__(self, text, args):
+    def __init__(self, text, args, precision=torch.float32):
         super().__init__()
-        self.args = args
-        for name, tensor in text.items():
-            self.register_buffer(name, tensor, persistent=False)  # rebuilt from the stage folders, not checkpointed
+        self.args, self.precision = args, precision
+        for name, tensor in text.items():  # rebuilt from the stage folders, not checkpointed
+            self.register_buffer(name, tensor.to(precision) if tensor.is_floating_point() else tensor, persistent=False)
         self.projection = nn.Linear(self.item_text.shape[1], args.dim, bias=False)  # shared by titles and interests
         self.attention = nn.Linear(args.dim, 3 * args.dim, bias=False)  # queries, keys and values in one map
         for weight in self.parameters():
             nn.init.kaiming_normal_(weight)
         self.no_title = torch.nonzero(~self.item_has_text).squeeze(1)
 
+    def project(self, text):
+        """Frozen text vectors (n, d_t) in the common space, (n, D) float32 (Eq. 4)."""
+        return F.linear(text, self.projection.weight.to(self.precision)).float()
+
     def explicit(self, cluster):
         """Explicit interests of each user's typical user, cluster (B,) -> (B, M, D) and mask (B, M)."""
         index = self.interest_index[cluster]  # (B, M), -1 where there is none
         mask = (index >= 0) & (cluster >= 0)[:, None]
-        e = self.projection(self.interest_vectors[index[mask]])  # (real interests, D), Eq. 4; padding costs nothing
+        e = self.project(self.interest_vectors[index[mask]])  # (real interests, D), Eq. 4; padding costs nothing
         rows = e.new_zeros(*index.shape, 4 * self.args.dim)
         rows[mask] = torch.cat([e, self.attention(e)], 1)
         e, query, key, value = rows.chunk(4, 2)  # (B, M, D) each
@@ -47,7 +52,7 @@ class Teacher(nn.Module):
         ID embeddings; cluster (B,): the users' clusters, -1 for none.
         """
         args = self.args
-        titles = self.projection(self.item_text)  # (N + 1, D)
+        titles = self.project(self.item_text)  # (N + 1, D)
         target_text_vector = titles[target]  # e^T_t, (B, D); target_id_vector is e^T_i
         explicit, mask = self.explicit(cluster)
         has_title = self.item_has_text[target]
@@ -55,7 +60,7 @@ class Teacher(nn.Module):
         taught = losses.read_out(explicit, target_text_vector, mask, args.soft_read_out)  # (B, D), Eq. 8
         terms = {}
         if not args.no_semantic_prediction:
-            terms["semantic"] = losses.softmax_loss(taught, titles, target, self.no_title, keep)  # Eq. 9
+            terms["semantic"] = losses.softmax_loss(taught, titles, target, self.no_title, keep, self.precision)  # Eq. 9
         # A pair with the same target, or taught by the same typical user, is no negative of each other.
         same_target = target[:, None] == target
         same_teacher = cluster[:, None] == cluster
@@ -70,31 +75,51 @@ class Teacher(nn.Module):
         return terms
 
 
+def load_item_text(stage, args, n_items):
+    """Stage 02's titles with --text-dim and --control applied: vectors float32 (N + 1, d), has_text bool (N + 1,), axes (d_t, d).
+
+    The axes are the d leading right singular vectors of the title vectors, or the identity. Raises UserError if no item has a title.
+    """
+    encoded = stage.input("02_encode_text")
+    item_text, has_text = (load_array(encoded / f"{name}.npy") for name in ("item_text", "item_has_text"))
+    if len(item_text) != n_items + 1:
+        raise UserError(f"{encoded} has text vectors for {len(item_text) - 1} items, stage 01 has {n_items}. Run stage 02 again.")
+    if not has_text.any():
+        raise UserError(f"no item of {args.dataset} has a title, so there is nothing to learn from text; "
+                        "train without --eimf and --item-text")
+    axes = np.eye(item_text.shape[1], dtype=np.float32)
+    if 0 < args.text_dim < item_text.shape[1]:
+        values, axes = np.linalg.eigh(item_text.T.astype(np.float64) @ item_text)
+        axes = axes[:, np.argsort(-values)[:args.text_dim]]
+        axes *= np.where(axes[np.abs(axes).argmax(0), np.arange(args.text_dim)] < 0, -1, 1)  # eigenvectors have no sign of their own
+        axes = axes.astype(np.float32)
+        item_text = item_text @ axes
+    if args.control == "random-text":
+        item_text = _random_unit(np.random.default_rng([args.seed, 2]), item_text.shape) * has_text[:, None]
+    return item_text, has_text, axes
+
+
 def load_text(stage, args, n_items):
     """Tensors of the explicit side from stages 02, 03 and 05, with the control applied: (tensors, cluster_of_user).
 
     Raises UserError if the stages' outputs do not fit together or no item has a title.
     """
-    encoded, clusters, interests = (stage.input(s) for s in ("02_encode_text", "03_cluster_users", "05_encode_interests"))
+    item_text, has_text, axes = load_item_text(stage, args, n_items)
+    clusters, interests = (stage.input(s) for s in ("03_cluster_users", "05_encode_interests"))
     stage.input("04_infer_interests", optional=True)  # the labels' texts, see save_labels
-    item_text = load_array(encoded / "item_text.npy")
     vectors = load_array(interests / "interest_vectors.npy")
     offsets = load_array(interests / "interest_offsets.npy")
     cluster_of_user = load_array(clusters / "cluster_of_user.npy").astype(np.int64)
-    if len(item_text) != n_items + 1 or item_text.shape[1] != vectors.shape[1]:
-        raise UserError(f"text vectors do not fit: {item_text.shape} for {n_items} items and {vectors.shape} for the explicit "
-                        "interests. Run stages 02 and 05 again, with one encoder.")
+    if vectors.shape[1] != len(axes):
+        raise UserError(f"titles have text vectors of {len(axes)} numbers, explicit interests of {vectors.shape[1]}. "
+                        "Run stages 02 and 05 again, with one encoder.")
     if cluster_of_user.max(initial=-1) >= len(offsets) - 1:
         raise UserError(f"03 has {cluster_of_user.max() + 1} clusters, 05 has interests for {len(offsets) - 1}. "
                         "Run stages 04 and 05 again.")
-    has_text = load_array(encoded / "item_has_text.npy")
-    if not has_text.any():
-        raise UserError(f"no item of {args.dataset} has a title, so there is nothing to teach with; train without --eimf")
-    if 0 < args.text_dim < item_text.shape[1]:
-        item_text, vectors = reduce_text(args.text_dim, item_text, vectors)
+    vectors = vectors @ axes
     rng = np.random.default_rng([args.seed, 1])
     if args.control == "random-text":
-        item_text, vectors = (_random_unit(rng, x.shape) for x in (item_text, vectors))
+        vectors = _random_unit(rng, vectors.shape)
     if args.control == "shuffled-clusters":
         clustered = np.flatnonzero(cluster_of_user >= 0)
         cluster_of_user[clustered] = cluster_of_user[rng.permutation(clustered)]
@@ -105,14 +130,6 @@ def load_text(stage, args, n_items):
     index = np.concatenate([index, np.full((1, len(column)), -1)])
     tensors = {"item_text": item_text, "item_has_text": has_text, "interest_vectors": vectors, "interest_index": index}
     return {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in tensors.items()}, cluster_of_user
-
-
-def reduce_text(dim, item_text, vectors):
-    """Rotate both sets onto the `dim` leading right singular vectors of the title vectors."""
-    values, axes = np.linalg.eigh(item_text.T.astype(np.float64) @ item_text)
-    axes = axes[:, np.argsort(-values)[:dim]]  # (d_t, dim)
-    axes *= np.where(axes[np.abs(axes).argmax(0), np.arange(dim)] < 0, -1, 1)  # eigenvectors have no sign of their own
-    return tuple((x @ axes).astype(np.float32) for x in (item_text, vectors))
 
 
 def _random_unit(rng, shape):

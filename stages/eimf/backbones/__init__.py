@@ -13,9 +13,9 @@ from .base import Backbone, even_share, newest
 from .capsule import MIND, ComiRecDR
 from .pooling import YouTubeDNN
 from .recurrent import GRU4Rec
-from .transformer import BERT4Rec, BERT4RecCloze, LLM2BERT4Rec, SASRec, table_from_text
+from .transformer import BERT4Rec, BERT4RecCloze, LLM2BERT4Rec, SASRec
 
-__all__ = ["BACKBONES", "Backbone", "backbone_class", "build", "even_share", "newest", "source_file", "table_from_text"]
+__all__ = ["BACKBONES", "Backbone", "backbone_class", "build", "even_share", "newest", "source_file"]
 
 BACKBONES = {
     "dnn": YouTubeDNN, "gru4rec": GRU4Rec, "sasrec": SASRec, "bert4rec": BERT4Rec, "bert4rec-cloze": BERT4RecCloze,

@@ -21,8 +21,6 @@ class Backbone(nn.Module):
 
     # Values of stage 06's flags that this model wants unless the flag is given, such as {"learning_rate": 0.005}.
     defaults = {}
-    # Whether the item table starts from the items' text vectors (stage 02) instead of random numbers.
-    items_from_text = False
 
     def __init__(self, dim, interests, max_len, dropout=0.0):
         super().__init__()

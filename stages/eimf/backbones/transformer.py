@@ -145,21 +145,4 @@ class BERT4RecCloze(BERT4Rec):
 
 class LLM2BERT4Rec(BERT4Rec):
     """BERT4Rec whose item table starts from text (Harte et al., arXiv 2309.09261): vectors reduced by PCA, then trained."""
-    items_from_text = True
-
-
-def table_from_text(table, item_text, has_text):
-    """Replace the rows of titled items by their text vectors' principal components, in the table's own scale.
-
-    table (N + 1, D) float32, random; item_text (N + 1, d_t), has_text (N + 1,) bool -> float32 (N + 1, D). Variances keep their
-    proportions; items without a title, and columns beyond d_t, keep their random values.
-    """
-    text = item_text[has_text].astype(np.float64)
-    text -= text.mean(0)
-    values, axes = np.linalg.eigh(text.T @ text)
-    axes = axes[:, np.argsort(-values)[:table.shape[1]]]  # (d_t, <= D)
-    axes *= np.where(axes[np.abs(axes).argmax(0), np.arange(axes.shape[1])] < 0, -1, 1)  # eigenvectors have no sign of their own
-    reduced = text @ axes
-    out = table.copy()
-    out[has_text, :reduced.shape[1]] = reduced * (table[1:].std() / max(reduced.std(), 1e-12))
-    return out
+    defaults = {"dropout": 0.2, "item_text": "init"}

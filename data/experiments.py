@@ -1,0 +1,116 @@
+"""What `bash run_all.sh --reproduce` runs: the paper's experiments and the ones it lacks, as plain data.
+
+A run is one training and its evaluation: a data set under one split, a variant of stages 03-04, a model, a seed. Its folders
+are `<data set>[-<split>][-<variant>]/06_train/<model>-s<seed>/` and `.../07_evaluate/<model>-s<seed>/`. To add an experiment, add a line
+to MODELS, VARIANTS or GROUPS.
+"""
+from dataclasses import dataclass
+
+# The paper's name of a data set -> the name in its raw files' names. `sample` is the built-in one, for trying this out.
+DATASETS = {"Office": "Office_Products", "Beauty": "Beauty", "Grocery": "Grocery_and_Gourmet_Food", "sample": "sample"}
+PAPER = ("Office", "Beauty", "Grocery")
+
+# Arguments of stage 06 that all runs share.
+TRAIN = "--text-dim 128 --max-iterations 7000 --patience 20"
+
+BASELINES = ("pop", "dnn", "gru4rec", "sasrec", "bert4rec", "llm2bert4rec", "mind", "comirec-sa", "remi")
+OTHERS = ("comirec-dr", "sine", "bert4rec-cloze")  # backbones that the paper's tables do not have
+TAUGHT = ("remi", "bert4rec", "sasrec", "mind")  # backbones with EIMF, Table 4
+CONTROLS = ("remi-eimf-random-text", "remi-eimf-shuffled-clusters")
+ABLATIONS = ("remi-eimf-no-alignment", "remi-eimf-no-semantic-prediction", "remi-eimf-no-align-item", "remi-eimf-no-align-user")
+
+# Model -> arguments of stage 06.
+MODELS = {b: f"--backbone {b}" for b in (*BASELINES, *OTHERS)}
+MODELS |= {f"{b}-eimf": f"--backbone {b} --eimf" for b in TAUGHT}
+MODELS |= {m: f"--backbone remi --eimf --control {m.removeprefix('remi-eimf-')}" for m in CONTROLS}
+MODELS |= {m: f"--backbone remi --eimf --{m.removeprefix('remi-eimf-')}" for m in ABLATIONS}
+NEED_TEXT = {m for m, flags in MODELS.items() if "--eimf" in flags} | {"llm2bert4rec"}  # stages 02-05 come first
+
+# Variant -> arguments of stages 03 and 04 in place of the main ones. The main variant, "", has 3 % typical users (stage 03's
+# default) and recorded LLM answers where there are any for the data set, else the offline summariser.
+VARIANTS = {
+    "": ("", ""),
+    "random-typical": ("--typical random", ""),
+    "phrases": ("", "--llm offline"),
+    "every-user": ("--preference 0", ""),  # no user is nearer to another than to itself, so each is a cluster
+    **{f"typical-{share}": (f"--typical-fraction {share / 100:g}", "") for share in (80, 65, 50, 35, 20, 5)},
+}
+PREFERENCES = ("every-user", *(v for v in VARIANTS if v.startswith("typical-")))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that belong together. Seed s of a group has priority rank + s: runs of a lower one are made first."""
+    name: str
+    rank: int
+    datasets: tuple
+    models: tuple
+    splits: tuple = ("file-order",)
+    variants: tuple = ("",)
+
+
+GROUPS = (
+    Group("headline", 0, PAPER, ("remi", "remi-eimf", *CONTROLS)),
+    Group("splits", 1, PAPER, ("remi", "remi-eimf", *CONTROLS), splits=("random",)),
+    Group("controls", 1, PAPER, ("remi-eimf",), variants=("random-typical",)),
+    Group("controls", 1, ("Office",), ("remi-eimf",), variants=("phrases",)),
+    Group("table2", 2, ("Beauty", "Grocery"), (*BASELINES, "remi-eimf")),
+    Group("table3", 2, ("Office",), (*BASELINES, "remi-eimf")),
+    Group("fig3", 3, PAPER, ("remi-eimf", *ABLATIONS)),
+    Group("fig4", 3, ("Office",), ("remi-eimf",), variants=("", *PREFERENCES)),
+    Group("table4", 3, ("Office", "Beauty"), (*TAUGHT, *(f"{b}-eimf" for b in TAUGHT))),
+    Group("splits", 6, PAPER, BASELINES, splits=("random",)),
+    Group("more", 7, PAPER, OTHERS),
+)
+# The sample stands in for every data set of a group.
+NAMES = ("table1", *dict.fromkeys(g.name for g in GROUPS))
+
+GUESSED_SECONDS = {"Office": 150, "Beauty": 300, "Grocery": 250, "sample": 60}  # of a backbone alone, until one is measured
+GUESSED_EIMF = 2.2  # an EIMF run takes so many times as long
+
+
+def folder_of(dataset, split, variant=""):
+    """Name of the data folder."""
+    return "-".join(filter(None, [DATASETS[dataset], split if split != "random" else "", variant]))
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training and its evaluation."""
+    dataset: str
+    split: str
+    variant: str
+    model: str
+    seed: int
+
+    @property
+    def folder(self):
+        return folder_of(self.dataset, self.split, self.variant)
+
+    @property
+    def name(self):
+        return f"{self.model}-s{self.seed}"
+
+
+def plan(datasets=PAPER, only=NAMES, seeds=5, recorded=("Office",)):
+    """All runs asked for: {Run: (priority, groups)}, by priority.
+
+    `recorded` names the data sets with LLM answers; elsewhere the variant "phrases" is the main one and is left out.
+    """
+    found = {}
+    for group in GROUPS:
+        if group.name not in only:
+            continue
+        for dataset in datasets:
+            if dataset not in group.datasets and dataset in PAPER:
+                continue
+            for split in group.splits:
+                for variant in group.variants:
+                    if variant == "phrases" and dataset not in recorded:
+                        continue
+                    for model in group.models:
+                        for seed in range(1 if model == "pop" else seeds):
+                            run = Run(dataset, split, variant, model, seed)
+                            rank, groups = found.get(run, (group.rank + seed, ()))
+                            found[run] = (min(rank, group.rank + seed), tuple(dict.fromkeys((*groups, group.name))))
+    return dict(sorted(found.items(), key=lambda entry: entry[1][0]))

@@ -1,0 +1,437 @@
+"""The reproduction's report from its numbers (paper_numbers.py): Markdown, and one self-contained HTML page with plots.
+
+Every sentence that says what was found is made from the numbers; `headline` is the first. Blocks are ("h2", text), ("p", text),
+("list", items), ("table", header, rows, caption) and ("figure", name, HTML figure); a table cell's first line is its value, further
+lines are small print.
+"""
+import html
+import re
+import shutil
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from eimf.artifacts import atomic, save_json
+from eimf.report import COLOURS, figure, html_page, markdown_table
+from experiments import ABLATIONS, BASELINES, CONTROLS, NAMES, OTHERS, PREFERENCES, TAUGHT, folder_of
+
+LABELS = {"pop": "Pop", "dnn": "DNN", "gru4rec": "GRU4Rec", "sasrec": "SASRec", "bert4rec": "BERT4Rec", "llm2bert4rec": "LLM2BERT4Rec", "mind": "MIND",
+          "comirec-sa": "ComiRec-SA", "remi": "REMI", "comirec-dr": "ComiRec-DR", "sine": "SINE", "bert4rec-cloze": "BERT4Rec, cloze task"}
+LABELS |= {f"{b}-eimf": f"EIMF({LABELS[b]})" for b in TAUGHT}
+LABELS |= dict(zip(CONTROLS, ("random text vectors", "shuffled clusters")))
+LABELS |= dict(zip(ABLATIONS, ("without alignment", "without semantic prediction", "without item alignment", "without user alignment")))
+VARIANT_LABELS = {"random-typical": "random typical users", "phrases": "category phrases instead of LLM answers", "every-user": "every user prompted"}
+SHOWN = {"recall@20": "Recall@20", "recall@50": "Recall@50", "hr@20": "HR@20", "hr@50": "HR@50"}
+NDCG = {"ndcg@20": "NDCG@20", "ndcg@50": "NDCG@50", "ndcg_published@20": "set order @20", "ndcg_published@50": "set order @50"}
+PARTS = {"history": "history of {} events", "target": "targets with {} training events"}
+GROUPS = dict(zip(NAMES, ("Table 1", "Does EIMF help?", "both splits", "further controls", "Table 2", "Table 3", "Figure 3", "Figure 4", "Table 4",
+                          "further backbones")))
+DEVIATIONS = (
+    "Affinity propagation is Frey and Dueck's. Algorithm 1 as printed adds p to every similarity, where it cancels out, and updates only the "
+    "availabilities' diagonal.",
+    "Typical users are chosen by their share (3 %, the preference p is found by bisection), because p depends on the encoder's scale.",
+    "The text encoder is the bundled MiniLM, not BERT-base.",
+    "Text reaches training: one learned map, shared by titles and interests, over frozen vectors. The published code maps each string by a fresh "
+    "random matrix and resets the parameters after that.",
+    "The minus signs of Eq. 9 and 14 are added; Eq. 13 is read with the implicit interests.",
+    "The read-out of explicit interests sums each interest with what self-attention adds to it.",
+    "In-batch negatives that share the target item or the typical user are masked.",
+    "All models are trained with a softmax over all items; REMI's sampled hard negatives are an option that these runs do not use.",
+    "Items without a title are left out of every text term.",
+    "NDCG is the rank-aware one. The published NDCG columns come from code that loses the rank order; \"set order\" repeats that computation.",
+)
+
+
+def label(variant, model):
+    if not variant:
+        return LABELS.get(model, model)
+    share = variant.removeprefix("typical-")
+    return LABELS.get(model, model) + ", " + VARIANT_LABELS.get(variant, f"{share} % typical users")
+
+
+def number(value):
+    """.2018, as the paper prints it."""
+    return f"{value:.4f}".replace("0.", ".", 1)
+
+
+def signed(value):
+    return ("+" if value >= 0 else "−") + number(abs(value))
+
+
+def interval(low, high):
+    return f"[{signed(low)}, {signed(high)}]"
+
+
+def p_value(p):
+    if p is None:
+        return "not testable"
+    return "p < .0001" if p < .0001 else "p = " + (f"{p:.2f}" if p >= .1 else f"{p:.2g}" if p < .001 else f"{p:.3f}").replace("0.", ".", 1)
+
+
+def p_values(c):
+    seeds = f"over {c['seeds']} seeds {p_value(c['p_seeds_holm'])}" if c["p_seeds_holm"] is not None else "one seed"
+    return f"over users {p_value(c['p_users_holm'])}, {seeds}"
+
+
+class Numbers:
+    """Look-ups in the collected numbers."""
+
+    def __init__(self, numbers):
+        self.all = numbers
+        self.models = {(m["dataset"], m["split"], m["variant"], m["model"]): m for m in numbers["models"]}
+        self.places = list(dict.fromkeys(key[:2] for key in self.models))
+
+    def comparisons(self, family, **facts):
+        return [c for c in self.all["comparisons"] if c["family"] == family and all(c.get(k) == v for k, v in facts.items())]
+
+    def published(self, dataset):
+        return self.all["datasets"].get(dataset, {}).get("published", {})
+
+
+def headline(n):
+    """Does EIMF beat its backbone and both controls: on which data, by how much, at which p. A list of sentences."""
+    opponents = {"remi": "its backbone", CONTROLS[0]: "the control with random text", CONTROLS[1]: "the control with shuffled clusters"}
+    table, details = {}, []
+    for place in n.places:
+        found = {c["b"][1]: c for c in n.comparisons("help", dataset=place[0], split=place[1]) if c["b"][0] == "" and c["b"][1] in opponents}
+        if found:
+            table[place] = found
+    if not table:
+        return ["Whether EIMF helps cannot be said yet: no run of EIMF(REMI) together with its backbone or a control has finished."]
+    name = lambda place: f"{place[0]} ({place[1]})"  # noqa: E731
+    all_three = [p for p, found in table.items() if len(found) == 3 and all(c["verdict"] == "better" for c in found.values())]
+    unfinished = [p for p, found in table.items() if len(found) < 3]
+    first = ("EIMF(REMI) beats its backbone and both controls on " + listed(map(name, all_three)) if all_three else
+             "On none of the data sets run so far does EIMF(REMI) significantly beat its backbone and both controls")
+    others = [p for p in table if p not in all_three and p not in unfinished]
+    if all_three and others:
+        first += ", not on " + listed(map(name, others))
+    sentences = [first + "."]
+    for b, what in opponents.items():
+        better = [name(p) for p, found in table.items() if b in found and found[b]["verdict"] == "better"]
+        worse = [name(p) for p, found in table.items() if b in found and found[b]["verdict"] == "worse"]
+        rest = [name(p) for p, found in table.items() if b in found and found[b]["verdict"] not in ("better", "worse")]
+        said = [f"better on {listed(better)}"] * bool(better) + [f"worse on {listed(worse)}"] * bool(worse) + \
+            [f"no significant difference on {listed(rest)}"] * bool(rest)
+        sentences.append(f"Against {what}: {'; '.join(said) if said else 'not run yet'}.")
+    for place, found in table.items():
+        for b, c in found.items():
+            details.append(f"{name(place)} against {opponents[b]}: {signed(c['gain'])} Recall@50, {c_interval(c)}, {p_values(c)}: {c['verdict']}.")
+    if unfinished:
+        sentences.append(f"Not all of these runs are finished on {listed(map(name, unfinished))}.")
+    return sentences + details
+
+
+def c_interval(c):
+    return f"95 % interval {signed(c['low'])} to {signed(c['high'])}"
+
+
+def listed(names):
+    names = list(names)
+    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1] if names else "none"
+
+
+def cell(entry, metric, paper=None):
+    """Ours, with the standard deviation over seeds; the interval; the paper's number and the difference with its interval."""
+    if entry is None:
+        return "" if paper is None else f"not run\npaper {number(paper)}"
+    m = entry["metrics"][metric]
+    lines = [number(m["mean"]) + (f" ± {number(m['sd'])}" if m["sd"] is not None else "")]
+    if paper is None:
+        return "\n".join([*lines, f"[{number(m['low'])}, {number(m['high'])}]"])
+    return "\n".join([*lines, f"paper {number(paper)}", f"{signed(m['mean'] - paper)} {interval(m['low'] - paper, m['high'] - paper)}"])
+
+
+def model_table(n, dataset, split, models, columns, caption, published=True):
+    """One row a model; None if nothing of it was run."""
+    rows = []
+    for model in models:
+        entry, paper = n.models.get((dataset, split, "", model)), n.published(dataset).get(model, {}) if published else {}
+        if "eimf" in model and dataset in n.all["no_titles"]:
+            cells = ["titles not available here" + (f"\npaper {number(paper[m])}" if m in paper else "") for m in columns]
+        else:
+            cells = [cell(entry, m, paper.get(m)) for m in columns]
+        rows.append([label("", model), str(len(entry["seeds"])) if entry else "0", *cells])
+    if not any(n.models.get((dataset, split, "", m)) for m in models):
+        return []
+    return [("table", ["model", "seeds", *columns.values()], rows, caption)]
+
+
+def comparison_table(found, caption, what=lambda c: [label(*c["a"]), label(*c["b"])], header=("model", "against")):
+    """Gains with intervals, both p-values before and after Holm's correction, verdict."""
+    rows = [[c["dataset"], c["split"], *what(c), str(c["seeds"]), str(c["users"]), f"{signed(c['gain'])}\n{interval(c['low'], c['high'])}",
+             f"{p_value(c['p_users_holm'])}\nraw {p_value(c['p_users'])}",
+             f"{p_value(c['p_seeds_holm'])}\nraw {p_value(c['p_seeds'])}" if c["p_seeds"] is not None else "one seed", c["verdict"]] for c in found]
+    return [("table", ["data", "split", *header, "seeds", "users", "gain in Recall@50", "over users", "over seeds", "verdict"], rows, caption)] if rows else []
+
+
+def new_axes(width, height):
+    fig, axis = plt.subplots(figsize=(width, height), constrained_layout=True)
+    axis.spines[["top", "right"]].set_visible(False)
+    return fig, axis
+
+
+def plot_gains(found):
+    """Forest plot of the comparisons: gain, interval over users, one dot a seed."""
+    fig, axis = new_axes(9, .9 + .34 * len(found))
+    places = list(dict.fromkeys((c["dataset"], c["split"]) for c in found))
+    for y, c in enumerate(reversed(found)):
+        colour = COLOURS[places.index((c["dataset"], c["split"])) % len(COLOURS)]
+        significant = c["verdict"] in ("better", "worse")
+        axis.plot([c["low"], c["high"]], [y, y], color=colour, linewidth=2.2)
+        axis.plot(c["gain_by_seed"], [y + .22] * len(c["gain_by_seed"]), "|", color="#555", markersize=6)
+        axis.plot(c["gain"], y, "o", color=colour, markersize=8, markerfacecolor=colour if significant else "white", markeredgewidth=1.6)
+    axis.axvline(0, color="#333", linewidth=1)
+    axis.set_yticks(range(len(found)), [f"{c['dataset']}, {c['split']}: against {label(*c['b'])}" for c in reversed(found)], fontsize=9)
+    axis.set(xlabel="gain of EIMF(REMI) in Recall@50")
+    axis.grid(axis="x", alpha=.3)
+    return figure(fig, "What EIMF gains, and against what. Bars: 95 % interval over test users; strokes: each seed; filled circles: significant "
+                       "over users and over seeds after Holm's correction, open ones: not.")
+
+
+def plot_ablations(n, places):
+    """Recall@50 of the whole model, its parts left out, and the backbone, one panel a data set."""
+    fig, axes = plt.subplots(1, len(places), figsize=(4.7 * len(places), 3.4), constrained_layout=True, squeeze=False)
+    for axis, place in zip(axes[0], places):
+        names = [m for m in ("remi-eimf", *ABLATIONS, "remi") if (*place, "", m) in n.models]
+        for y, model in enumerate(reversed(names)):
+            entry = n.models[(*place, "", model)]
+            m = entry["metrics"]["recall@50"]
+            axis.barh(y, m["mean"], color=COLOURS[0] if model == "remi-eimf" else COLOURS[4] if model == "remi" else COLOURS[5], height=.65,
+                      hatch="" if model == "remi-eimf" else "//" if model == "remi" else "..", edgecolor="white")
+            axis.errorbar(m["mean"], y, xerr=[[m["mean"] - m["low"]], [m["high"] - m["mean"]]], color="#222", capsize=3, linewidth=1)
+            axis.plot(entry["by_seed"], [y] * len(entry["by_seed"]), "k.", markersize=4)
+        values = [n.models[(*place, "", m)]["metrics"]["recall@50"] for m in names]
+        axis.set_yticks(range(len(names)), [label("", m) for m in reversed(names)], fontsize=9)
+        axis.set(title=f"{place[0]}, {place[1]}", xlabel="Recall@50", xlim=(max(0, min(v["low"] for v in values) - .02), None))
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure(fig, "Figure 3: what each part of EIMF contributes. Dots: seeds; whiskers: 95 % interval over test users. The axis does not start at 0.")
+
+
+def plot_preference(n, place):
+    """Figure 4: recall against the number of LLM calls, the share of typical users on the second axis."""
+    fig, axis = new_axes(8, 4)
+    points = [(n.all["clusters"][e["folder"]], e) for v in ("", *PREFERENCES) if (e := n.models.get((*place, v, "remi-eimf")))]
+    points = sorted((p for p in points if p[0]), key=lambda p: p[0]["calls"])
+    calls, mean = [f["calls"] for f, _ in points], np.array([e["metrics"]["recall@50"]["mean"] for _, e in points])
+    bounds = np.array([[e["metrics"]["recall@50"][k] for _, e in points] for k in ("low", "high")])
+    axis.errorbar(calls, mean, yerr=np.abs(bounds - mean), color=COLOURS[0], marker="o", capsize=3, linewidth=1.6, label="EIMF(REMI)")
+    for facts, entry in points:
+        axis.plot([facts["calls"]] * len(entry["by_seed"]), entry["by_seed"], ".", color="#444", markersize=4)
+        axis.annotate(f"p = {facts['preference']:.3g}", (facts["calls"], entry["metrics"]["recall@50"]["high"]), xytext=(0, 4), rotation=60,
+                      textcoords="offset points", fontsize=8, ha="left")
+    backbone = n.models.get((*place, "", "remi"))
+    if backbone:
+        m = backbone["metrics"]["recall@50"]
+        axis.axhline(m["mean"], color=COLOURS[1], linestyle="--", label="REMI alone")
+        axis.axhspan(m["low"], m["high"], color=COLOURS[1], alpha=.12)
+    axis.set(xscale="log", xlabel="LLM calls (one for each typical user)", ylabel="test Recall@50")
+    axis.set_xticks(calls, [str(c) for c in calls], fontsize=8)
+    axis.minorticks_off()
+    top = axis.secondary_xaxis("top")
+    top.set_xticks(calls, [f"{100 * f['fraction']:.3g} %" for f, _ in points], fontsize=8)
+    top.minorticks_off()
+    top.set_xlabel("share of training users that are typical users")
+    axis.margins(y=.25)
+    axis.legend(frameon=False, fontsize=9, loc="lower right")
+    axis.grid(axis="y", alpha=.3)
+    answers = "recorded LLM answers" if points[0][0]["llm"] == "recorded" else f"interests by: {points[0][0]['llm']}"
+    return figure(fig, f"Figure 4, {place[0]} ({place[1]}, {answers}): recall against LLM cost. Whiskers and band: 95 % interval over test users; dots: seeds.")
+
+
+def blocks(numbers):
+    """The whole report."""
+    n = Numbers(numbers)
+    sentences = headline(n)
+    four = next((i for i, s in enumerate(sentences) if s.startswith("Against the control with shuffled")), 0) + 1
+    out = [("p", " ".join(sentences[:four])), ("list", sentences[four:])] if len(sentences) > 1 else [("p", sentences[0])]
+    out += [("p", "How to read this. Ours is the mean over seeds ± its standard deviation over seeds. Brackets are 95 % bootstrap intervals over test users "
+                  "(of the difference from the paper, where there is a published number: the paper gives no spread of its own). \"Better\" and \"worse\" are said only "
+                  "if two paired tests agree at .05 after Holm's correction within the table: Student's t over test users, each user's values averaged over seeds, and Student's t over "
+                  "seeds, paired by seed. The metric tested is Recall@50, by which models are selected on validation users.")]
+    out += table_1(n)
+    out += [("h2", "Tables 2 and 3: all models")]
+    for dataset in numbers["datasets"]:
+        title = {"Office": "Table 3"}.get(dataset, "Table 2")
+        out += model_table(n, dataset, "file-order", (*BASELINES, "remi-eimf"), SHOWN, f"{title}: {dataset}, file-order split")
+    out += comparison_table(n.comparisons("baselines"), "EIMF(REMI) against each model")
+    out += [("h2", "Does EIMF help? The backbone and the controls")]
+    found = n.comparisons("help")
+    if found:
+        out += [("p", "Random text: vectors of the same shapes without meaning. Shuffled clusters: the same interests for the wrong users. Random typical users: as many, drawn at "
+                      "random. Category phrases: the offline summariser's words in place of the LLM's."), ("figure", "gains", plot_gains(found))]
+    out += comparison_table(found, "EIMF(REMI) against its backbone and the controls") or [("p", "Nothing of this has been run yet.")]
+    out += [("h2", "Table 4: other backbones, with and without EIMF")]
+    for dataset in ("Office", "Beauty", *(d for d in numbers["datasets"] if d not in ("Office", "Beauty", "Grocery"))):
+        pairs = [m for b in TAUGHT for m in (b, f"{b}-eimf")]
+        out += model_table(n, dataset, "file-order", pairs, {m: SHOWN[m] for m in ("recall@50", "hr@50")}, f"Table 4: {dataset}, file-order split")
+    out += comparison_table(n.comparisons("table4"), "Each backbone with EIMF against the same without")
+    out += [("h2", "Figure 3: ablations")]
+    places = [p for p in n.places if any((*p, "", m) in n.models for m in ABLATIONS)]
+    out += [("figure", "fig3", plot_ablations(n, places))] if places else []
+    out += comparison_table(n.comparisons("fig3"), "EIMF(REMI) against itself with a part left out") or [("p", "Nothing of this has been run yet.")]
+    out += preference(n) + splits(n) + parts(n) + cost(n)
+    out += [("h2", "Where this differs from the paper"), ("ordered", [*DEVIATIONS, *run_deviations(n)])]
+    return out + provenance(n)
+
+
+def table_1(n):
+    names = {"users": "users", "items": "items", "interactions": "interactions"}
+    rows = []
+    for dataset, facts in n.all["datasets"].items():
+        paper = dict(zip(names, facts["paper"] or ()))
+        rows.append([dataset, *(f"{facts['stats'][k]:,}" + (f"\npaper {paper[k]:,}\n{facts['stats'][k] - paper[k]:+,}" if paper else "") for k in names),
+                     f"{facts['stats']['interactions'] / facts['stats']['users']:.2f}",
+                     f"{100 * facts['stats']['interactions'] / facts['stats']['users'] / facts['stats']['items']:.3f} %",
+                     f"{facts['stats'].get('items_with_title', 0):,}"])
+    return [("h2", "Table 1: data"), ("table", ["data", *names, "events a user", "density", "titled items"], rows, "after filtering")]
+
+
+def preference(n):
+    out = [("h2", "Figure 4: preference, typical users and LLM calls")]
+    for place in [p for p in n.places if any((*p, v, "remi-eimf") in n.models for v in PREFERENCES)]:
+        out += [("figure", f"fig4-{place[0].lower()}", plot_preference(n, place))]
+        rows = []
+        for variant in ("", *PREFERENCES):
+            entry = n.models.get((*place, variant, "remi-eimf"))
+            facts = n.all["clusters"].get(entry["folder"]) if entry else None
+            if facts:
+                rows.append([label(variant, "remi-eimf") if variant else "main", f"{facts['preference']:.4g}", f"{100 * facts['fraction']:.1f} %", f"{facts['calls']:,}",
+                             str(len(entry["seeds"])), cell(entry, "recall@50"), cell(entry, "hr@50")])
+        best = n.all["datasets"].get(place[0], {}).get("best_preference")
+        out += [("table", ["typical users", "p", "share", "LLM calls", "seeds", "Recall@50", "HR@50"], rows, f"{place[0]}, {place[1]}"
+                 + (f". The paper's best: Recall@50 {number(best[1])} at p = {best[0]}, on its own encoder's scale" if best else ""))]
+    return out + (comparison_table(n.comparisons("fig4"), "Each choice of typical users against the main one")
+                  or [("p", "Nothing of this has been run yet.")])
+
+
+def splits(n):
+    out = [("h2", "Both splits, and NDCG"),
+           ("p", "The published numbers use the file-order split, whose test users share late items; the random split is the one to expect on new users. Set order repeats the published NDCG "
+                 "computation, which ignores ranks; it is there for the published columns only.")]
+    for dataset in n.all["datasets"]:
+        for split in ("file-order", "random"):
+            models = [m for m in (*BASELINES, *OTHERS, "remi-eimf", *CONTROLS) if (dataset, split, "", m) in n.models]
+            columns = (SHOWN if split == "random" else {}) | NDCG
+            out += model_table(n, dataset, split, models, columns, f"{dataset}, {split} split", published=split == "file-order")
+    return out
+
+
+def parts(n):
+    rows = []
+    for part in n.all["parts"]:
+        c = next(iter(n.comparisons("parts", dataset=part["dataset"], split=part["split"], kind=part["kind"], part=part["part"])), None)
+        rows.append([part["dataset"], part["split"], PARTS[part["kind"]].format(part["part"]), str(part["users"]),
+                     *(number(part["recall"][m]) if m in part["recall"] else "" for m in ("remi", "remi-eimf", *CONTROLS)),
+                     f"{signed(c['gain'])}\n{interval(c['low'], c['high'])}" if c else "", f"{c['verdict']}\n{p_values(c)}" if c else ""])
+    return [("h2", "Short histories and cold items"), ("table", ["data", "split", "part", "users", *(label("", m) for m in ("remi", "remi-eimf", *CONTROLS)), "gain of EIMF", "verdict"],
+                                                      rows, "Recall@50 within parts of the test users, and for parts of their target items alone")] if rows else []
+
+
+def cost(n):
+    rows = [[m["dataset"], m["split"], label(m["variant"], m["model"]), str(len(m["seeds"])), f"{c['minutes']:.1f}", f"{c['iterations']:,.0f}", f"{c['best_iteration']:,.0f}",
+             f"{c['milliseconds_per_step']:.0f}", f"{c['peak_memory_mib']:.0f}", "" if m["cosine"] is None else f"{m['cosine']:.2f}"]
+            for m in n.all["models"] if (c := m["cost"]) and m["model"] != "pop"]
+    return [("h2", "Training cost"), ("table", ["data", "split", "model", "seeds", "minutes a run", "steps", "best step", "ms a step", "peak MiB", "interest cosine"], rows,
+                                      "means over seeds, evaluation included in the minutes; runs shared the machine with each other. Interest cosine: mean over pairs of a test user's interests")] if rows else []
+
+
+def run_deviations(n):
+    """Numbered with the others, but made from what was run."""
+    llm = {}
+    for dataset in n.all["datasets"]:
+        facts = n.all["clusters"].get(folder_of(dataset, "file-order"))
+        if facts:
+            llm.setdefault(facts["llm"], []).append(dataset)
+    out = [f"Explicit interests on {listed(names)}: " + {
+        "offline": "the offline summariser's category phrases, no LLM.",
+        "recorded": "recorded answers of a large language model under the paper's prompt, not qwen-turbo."}.get(kind, f"{kind}.") for kind, names in llm.items()]
+    out += [f"All models share the training arguments `{n.all['train_args']}`." if n.all["train_args"] else "All models are trained with stage 06's defaults."]
+    out += [f"{d} has no item titles here, so its EIMF cells are empty; with the public metadata the same command fills them." for d in n.all["no_titles"]]
+    out += [f"{d}'s counts differ from the paper's, so it is another version of the data." for d, f in n.all["datasets"].items() if f["paper"] and not f["matches"]]
+    return out
+
+
+def provenance(n):
+    out = [("h2", "What is behind each number"),
+           ("p", "RAW_DIR and LLM_DIR stand for the folders of raw files and recorded answers; --seed of the first run is shown, the others differ in it and in the run's name.")]
+    machines = list(dict.fromkeys(str(m) for e in n.all["models"] for m in e["machines"]))
+    described = [f"{m['cpu']}, {m['cores']} cores, {m['gpu'] or 'no GPU'}" for m in {str(x): x for e in n.all["models"] for x in e["machines"]}.values()]
+    out += [("list", [f"machine {i + 1}: {text}" for i, text in enumerate(described)])] if described else []
+    rows = [[f"{e['folder']}: {label(e['variant'], e['model'])}", ", ".join(map(str, e["seeds"])), ", ".join(e["commits"]),
+             ", ".join(str(machines.index(str(m)) + 1) for m in e["machines"]) or "unknown", f"{e['cost']['minutes'] * len(e['seeds']):.0f}", e["commands"][0]] for e in n.all["models"]]
+    out += [("table", ["model", "seeds", "commit", "machine", "minutes", "command"], rows, "then python stages/07_evaluate.py with the same --dataset and --run")] if rows else []
+    left = n.all["remaining"]
+    if any(runs for runs, _ in left.values()):
+        total = sum(s for _, s in left.values())
+        out += [("h2", "What remains to be run"),
+                ("list", [f"{GROUPS[g]} (`--only {g}`): {runs} runs, about {s / 3600:.1f} hours one after the other" for g, (runs, s) in left.items() if runs]),
+                ("p", f"Together about {total / 3600:.0f} hours of one run at a time on this machine; the same command goes on.")]
+    return out
+
+
+def to_markdown(title, parts_):
+    lines = [f"# {title}"]
+    for kind, *content in parts_:
+        if kind == "table":
+            header, rows, caption = content
+            cells = [[c.replace("|", "\\|").replace("\n", "<br>") for c in row] for row in rows]
+            lines += [f"**{caption[:1].upper() + caption[1:]}**", markdown_table(header, cells)]
+        elif kind == "figure":
+            name, page = content
+            caption = html.unescape(re.search("<figcaption>(.*?)</figcaption>", page, re.S)[1])
+            lines += [f"![{caption}]({name}.svg)", f"*{caption}*"]
+        elif kind in ("list", "ordered"):
+            lines += ["\n".join(f"{i}. {t}" if kind == "ordered" else f"- {t}" for i, t in enumerate(content[0], 1))]
+        else:
+            lines += [("## " if kind == "h2" else "") + content[0]]
+    return "\n\n".join(lines) + "\n"
+
+
+def to_html(title, parts_):
+    def text(value):
+        return re.sub("`(.*?)`", r"<code>\1</code>", html.escape(value))
+
+    def cell_html(tag, value):
+        first, *rest = value.split("\n")
+        return f"<{tag}>{text(first)}{''.join(f'<br><small>{text(r)}</small>' for r in rest)}</{tag}>"
+
+    out = ["<style>body { max-width: 76rem; } small { color: #666; } td { vertical-align: top; } td:last-child { white-space: normal; min-width: 8rem; } "
+           "caption { caption-side: top; font-weight: 600; } .lead { font-size: 1.15rem; } h2 { margin-top: 2.5rem; } code { font-size: .85em; } "
+           "@media (prefers-color-scheme: dark) { small { color: #aaa; } } @media print { body { max-width: none; font-size: 10pt; } .scroll { overflow: visible; } "
+           "figure, tr { break-inside: avoid; } }</style>"]
+    for number_, (kind, *content) in enumerate(parts_):
+        if kind == "table":
+            header, rows, caption = content
+            head = "".join(cell_html("th", h) for h in header)
+            body = "".join("<tr>" + "".join(cell_html("td", c) for c in row) + "</tr>" for row in rows)
+            out.append(f'<div class="scroll"><table><caption>{text(caption[:1].upper() + caption[1:])}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
+        elif kind == "figure":
+            out.append(content[1])
+        elif kind in ("list", "ordered"):
+            tag = "ol" if kind == "ordered" else "ul"
+            out.append(f"<{tag}>" + "".join(f"<li>{text(t)}</li>" for t in content[0]) + f"</{tag}>")
+        else:
+            out.append(f"<{kind}{' class=lead' * (number_ == 0)}>{text(content[0])}</{kind}>")
+    return html_page(title, out)
+
+
+def write(args, numbers, results):
+    """numbers.json, report.md with its figures, report.html; with --publish copies in the folder `results`."""
+    folder, title = args.data_dir / "reproduction", "The paper, reproduced and tested"
+    folder.mkdir(parents=True, exist_ok=True)
+    found = blocks(numbers)
+    save_json(folder / "numbers.json", numbers)
+    for ending, text in (("md", to_markdown(title, found)), ("html", to_html(title, found))):
+        with atomic(folder / f"report.{ending}") as file:
+            file.write(text)
+    figures = [(f"{name}.svg", page[page.index("<svg"):page.index("</svg>") + 6]) for kind, name, page in (b for b in found if b[0] == "figure")]
+    for name, svg in figures:
+        with atomic(folder / name) as file:
+            file.write(svg + "\n")
+    print(found[0][1], f"\nreport: {folder / 'report.html'}")
+    if args.publish:
+        results.mkdir(parents=True, exist_ok=True)
+        for name in ("report.md", "numbers.json", *(name for name, _ in figures)):
+            shutil.copyfile(folder / name, results / name)
+        print(f"copied to {results}")

@@ -1,0 +1,173 @@
+"""Measure training: steps per second of stage 06, beside a plain PyTorch loop in the same run, and the cost of more items.
+
+    python tests/bench_training.py                  # data/results/training.json, which `python data/make_results.py` shows
+    python tests/bench_training.py --items 1000000  # one size alone, printed and not saved
+
+Data sets are random, in the shape of Beauty's (17,890 training users, 12,101 items, MiniLM's 384 dimensions, 537 clusters of 16
+interests). A rate is that of `python stages/06_train.py` itself: the seconds between its first and second validation. The rounds are
+interleaved, and the median is reported. The peer is the arithmetic of REMI at the settings of its authors' code (1,280 sampled
+negatives, batch 128), written as such loops usually are: users one by one in Python, every score kept for autograd, plain Adam.
+"""
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tiny import ROOT, STAGES, finished_stage
+from torch import nn
+
+from eimf.artifacts import save_array, save_json, save_lines
+
+USERS, ITEMS, TEXT, CLUSTERS, PER_CLUSTER = 22363, 12101, 384, 537, 16
+
+
+def make_dataset(data_dir, items, users=USERS, seed=0):
+    """Stages 01, 02, 03 and 05 of a random data set named by its number of items."""
+    rng, name = np.random.default_rng(seed), f"items{items}-users{users}"
+    lengths = 5 + rng.geometric(.2, users)
+    split = (np.arange(users) % 10 > 7) + (np.arange(users) % 10 > 8)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    events = np.minimum((items ** rng.random(offsets[-1])).astype(np.int32), items)  # popularity falls as 1 / rank
+
+    def write01(folder):
+        save_lines(folder / "items.jsonl", ({"item": i, "id": f"I{i}", "title": f"t{i}", "categories": [], "brand": None}
+                                            for i in range(1, items + 1)))
+        save_lines(folder / "users.txt", (f"U{u}" for u in range(users)))
+        save_array(folder / "sequence_items.npy", events)
+        save_array(folder / "sequence_times.npy", np.arange(len(events), dtype=np.int64))
+        save_array(folder / "sequence_offsets.npy", offsets)
+        save_array(folder / "split.npy", split.astype(np.uint8))
+        save_json(folder / "stats.json", {"users": users, "items": items, "split": "random", "interactions": len(events)})
+
+    def unit(n):
+        x = rng.standard_normal((n, TEXT), dtype=np.float32)
+        return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+    def write02(folder):
+        text = unit(items + 1)
+        text[0] = 0
+        save_array(folder / "item_text.npy", text)
+        save_array(folder / "item_has_text.npy", np.arange(items + 1) > 0)
+
+    finished_stage(data_dir, name, "01_preprocess", write01)
+    finished_stage(data_dir, name, "02_encode_text", write02)
+    clusters = np.where(split == 0, rng.integers(0, CLUSTERS, users), -1).astype(np.int32)
+    finished_stage(data_dir, name, "03_cluster_users", lambda folder: save_array(folder / "cluster_of_user.npy", clusters))
+    offsets05 = np.arange(CLUSTERS + 1, dtype=np.int64) * PER_CLUSTER
+    finished_stage(data_dir, name, "05_encode_interests", lambda folder: (
+        save_array(folder / "interest_vectors.npy", unit(CLUSTERS * PER_CLUSTER)),
+        save_array(folder / "interest_offsets.npy", offsets05)))
+    return name
+
+
+def steps_per_second(data_dir, dataset, steps, threads, *flags):
+    """Rate of stage 06 over the second of two stretches of `steps` steps, validation of the tiny part included."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder).name
+        command = [sys.executable, STAGES / "06_train.py", "--data-dir", data_dir, "--dataset", dataset, "--run", run, "--threads", threads,
+                   "--max-iterations", 2 * steps, "--validate-every", steps, *flags]
+        done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(done.stderr)
+        log = [json.loads(line) for line in open(data_dir / dataset / "06_train" / run / "log.jsonl")]
+        return steps / (log[1]["seconds"] - log[0]["seconds"] - log[1]["validation_seconds"])
+
+
+class PlainREMI(nn.Module):
+    def __init__(self, items, dim=64, interests=4, length=20):
+        super().__init__()
+        self.items = nn.Embedding(items + 1, dim, padding_idx=0)
+        self.position = nn.Parameter(torch.randn(1, length, dim))
+        self.hidden, self.heads = nn.Linear(dim, 4 * dim, bias=False), nn.Linear(4 * dim, interests, bias=False)
+
+    def forward(self, history):
+        x = self.items(history)
+        scores = self.heads(torch.tanh(self.hidden(x + self.position))).transpose(1, 2)
+        routing = scores.masked_fill((history == 0)[:, None], -2 ** 31).softmax(2)
+        return routing @ x, routing
+
+
+def plain_loop(data_dir, dataset, steps, threads):
+    """Steps per second of the plain loop."""
+    torch.set_num_threads(threads)
+    folder = data_dir / dataset / "01_preprocess"
+    events, offsets, split = (np.load(folder / f"{n}.npy") for n in ("sequence_items", "sequence_offsets", "split"))
+    histories = {u: events[offsets[u]:offsets[u + 1]].tolist() for u in np.flatnonzero(split == 0).tolist()}
+    users, items = list(histories), int(dataset.split("-")[0].removeprefix("items"))
+    model = PlainREMI(items)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    for step in range(steps + 5):
+        if step == 5:
+            started = time.perf_counter()
+        batch, targets = [], []
+        for u in random.sample(users, 128):
+            k = random.choice(range(4, len(histories[u])))
+            past = histories[u][max(0, k - 20):k]
+            batch.append(past + [0] * (20 - len(past)))
+            targets.append(histories[u][k])
+        history, target = torch.tensor(batch), torch.tensor(targets)
+        interests, routing = model(history)
+        wanted = model.items(target)
+        best = (interests @ wanted[:, :, None]).squeeze(2).argmax(1)
+        query = interests[torch.arange(128), best]
+        negatives = torch.randint(1, items + 1, (1280,))
+        scores = query @ model.items(negatives).T
+        scores = scores + torch.log_softmax(10 * scores, 1) + np.log(1280)
+        logits = torch.cat([(query * wanted).sum(1, keepdim=True), scores], 1)
+        centred = routing - routing.mean(2, keepdim=True)
+        loss = F.cross_entropy(logits, torch.zeros(128, dtype=torch.int64)) + 100 * (centred.square().sum(2) / 64).square().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return steps / (time.perf_counter() - started)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--items", type=int, help="measure this number of items alone and print the rates")
+    args = parser.parse_args()
+    hard = ("--loss", "hard-negatives")
+    measured = {}
+    with tempfile.TemporaryDirectory() as folder:
+        data_dir = Path(folder)
+        dataset = make_dataset(data_dir, args.items or ITEMS)
+
+        def ours(name, *flags, dataset=dataset, steps=args.steps):
+            return name, lambda threads: steps_per_second(data_dir, dataset, steps, threads, *flags)
+
+        jobs = [ours("REMI, full softmax"), ours("EIMF(REMI), two full softmaxes", "--eimf"),
+                ours("EIMF(REMI), text reduced to 128", "--eimf", "--text-dim", "128"), ours("REMI, 1,280 hard negatives", *hard),
+                ("plain PyTorch loop, REMI, 1,280 hard negatives", lambda threads: plain_loop(data_dir, dataset, args.steps, threads))]
+        runs = [(name, threads, job) for name, job in jobs for threads in (1, 2)]
+        if not args.items:
+            for items, users, steps in ((10_000, USERS, args.steps), (100_000, USERS, args.steps // 2), (1_000_000, USERS, args.steps // 10),
+                                        (ITEMS, 10 * USERS, args.steps)):
+                grown = make_dataset(data_dir, items, users)
+                label = f"{items:,} items, {users:,} users"
+                runs.append((f"REMI, full softmax, {label}", 2, ours("", dataset=grown, steps=steps)[1]))
+                runs.append((f"REMI, 1,280 hard negatives, {label}", 2, ours("", *hard, dataset=grown, steps=steps)[1]))
+        for _ in range(args.rounds):
+            for name, threads, job in runs:
+                measured.setdefault((name, threads), []).append(job(threads))
+                print(f"{name}, {threads} threads: {measured[name, threads][-1]:.1f} steps/s", flush=True)
+    rows = [{"what": name, "threads": threads, "steps_per_second": round(statistics.median(rates), 1),
+             "spread": [round(min(rates), 1), round(max(rates), 1)]} for (name, threads), rates in measured.items()]
+    if not args.items:
+        results = {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "torch": torch.__version__, "rounds": args.rounds, "rates": rows}
+        save_json(ROOT / "data" / "results" / "training.json", results)
+
+
+if __name__ == "__main__":
+    main()
