@@ -16,6 +16,10 @@ trials share one search for neighbours, and each gives what it would give alone.
 Above 200,000 users, or with --neighbors k, only each user's k nearest others (HNSW, approximate) can become its typical user, and
 the time is no longer quadratic in the users. A user none of whose k became one goes to the nearest typical user afterwards.
 
+--typical random is a control of what the exemplars are worth: as many users as --typical-fraction says, drawn with --seed, take
+their place, and every user goes to the nearest of them. Stages 04 and 05 then run as always, and 06 with
+--control random-typical-users.
+
     python stages/03_cluster_users.py --dataset sample
     python stages/03_cluster_users.py --dataset Office_Products --preference -0.3
 
@@ -24,6 +28,7 @@ The last line printed is the number of clusters, their share of the users, p, it
 import functools
 import math
 import time
+import types
 
 import eimf_core
 import hnswlib
@@ -54,9 +59,15 @@ def parse_arguments(argv):
                              f"{SPARSE_NEIGHBORS} above)")
     parser.add_argument("--sample-users", type=int, metavar="N",
                         help="cluster N training users drawn with --seed, then give each other one to the nearest typical user")
-    parser.add_argument("--seed", type=int, default=0, help="of --sample-users")
+    parser.add_argument("--typical", choices=["exemplars", "random"], default="exemplars",
+                        help="typical users: affinity propagation's exemplars, or random users as a control")
+    parser.add_argument("--seed", type=int, default=0, help="of --sample-users and --typical random")
     parser.add_argument("--threads", type=int, default=0, help="0: all cores; the result does not depend on it")
     args = parser.parse_args(argv)
+    if args.typical == "random":
+        for flag in ("preference", "sample_users", "neighbors"):
+            if getattr(args, flag) is not None:
+                parser.error(f"--typical random clusters by distance to --typical-fraction of the users; leave out --{flag.replace('_', '-')}")
     if args.preference is not None:
         args.typical_fraction = None
     elif not 0 < args.typical_fraction <= 1:
@@ -201,30 +212,30 @@ def nearest(x, centres):
                           or [np.zeros(0, np.int64)])
 
 
-def main(argv=None):
-    args = parse_arguments(argv)
-    stage = Stage("03_cluster_users", args)
-    preprocessed, encoded = stage.input("01_preprocess"), stage.input("02_encode_text")
-    if stage.is_done():
-        return 0
-    interactions = load_interactions(preprocessed)
-    user_text = load_array(encoded / "user_text.npy", mmap_mode="r")
-    users = clustered_users(interactions, user_text)
-    folder = stage.begin()
+def draw_typical(users, args):
+    """The control without affinity propagation: (drawn users, a Clustering of these in which each is its own exemplar, row)."""
+    chosen = np.sort(np.random.default_rng(args.seed).choice(users, max(1, round(args.typical_fraction * len(users))), replace=False))
+    itself = np.arange(len(chosen))
+    return chosen, types.SimpleNamespace(exemplars=itself, labels=itself, peak_bytes=0), {
+        "preference": None, "clusters": len(chosen), "fraction": len(chosen) / len(users), "iterations": 0, "converged": True,
+        "net_similarity": None, "seconds": 0.0}
 
+
+def find_typical(users, user_text, args, log):
+    """Affinity propagation on the users' text vectors: (clustered users, neighbors, Clustering, its row, rows of all trials)."""
     chosen = users
     if args.sample_users is not None and args.sample_users < len(users):
         chosen = np.sort(np.random.default_rng(args.seed).choice(users, args.sample_users, replace=False))
     x = np.ascontiguousarray(user_text[chosen], dtype=np.float32)
     neighbors = args.neighbors if args.neighbors is not None else SPARSE_NEIGHBORS if len(x) > SPARSE_ABOVE else 0
     memory_limit = check_memory(*x.shape, neighbors)
-    stage.log.info("clustering %d of %d training users, %d dimensions, %s", len(x), len(interactions.training_ranges()[0]), x.shape[1],
-                   f"{neighbors} neighbors each" if neighbors else "all pairs")
+    log.info("clustering %d of %d users with text, %d dimensions, %s", len(x), len(users), x.shape[1],
+             f"{neighbors} neighbors each" if neighbors else "all pairs")
 
     started = time.perf_counter()
     if neighbors:
         kernel = functools.partial(eimf_core.affinity_propagation_sparse, *neighbor_graph(x, neighbors, args.threads))
-        stage.log.info("graph of %d neighbors each in %.1f s", neighbors, time.perf_counter() - started)
+        log.info("graph of %d neighbors each in %.1f s", neighbors, time.perf_counter() - started)
     else:
         try:
             kernel = eimf_core.Points(x, memory_limit=memory_limit).affinity_propagation  # keeps the neighbours from trial to trial
@@ -236,13 +247,33 @@ def main(argv=None):
         trials = [row]
     else:
         target = max(1, round(args.typical_fraction * len(x)))
-        result, row, trials = search(cluster_at, starting_preference(x), target, args.tolerance * target, stage.log)
+        result, row, trials = search(cluster_at, starting_preference(x), target, args.tolerance * target, log)
         if abs(row["clusters"] - args.typical_fraction * len(x)) > max(1, args.tolerance * args.typical_fraction * len(x)):
-            stage.log.warning("no preference gives %.4f typical users; the nearest is %.4f", args.typical_fraction, row["fraction"])
+            log.warning("no preference gives %.4f typical users; the nearest is %.4f", args.typical_fraction, row["fraction"])
     if not row["converged"] and not args.allow_unconverged:
         raise UserError(f"affinity propagation with preference {row['preference']:.6g} has not converged after {row['iterations']} iterations "
                         f"(damping {args.damping}). Try --damping {(1 + args.damping) / 2:.3g}, a larger --max-iter, another --preference, or "
                         "--allow-unconverged to take its best recent state")
+    return chosen, neighbors, result, row, trials
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    stage = Stage("03_cluster_users", args)
+    preprocessed, encoded = stage.input("01_preprocess"), stage.input("02_encode_text")
+    if stage.is_done():
+        return 0
+    interactions = load_interactions(preprocessed)
+    user_text = load_array(encoded / "user_text.npy", mmap_mode="r")
+    users = clustered_users(interactions, user_text)
+    folder = stage.begin()
+
+    started = time.perf_counter()
+    if args.typical == "random":
+        (chosen, result, row), neighbors = draw_typical(users, args), 0
+        trials = [row]
+    else:
+        chosen, neighbors, result, row, trials = find_typical(users, user_text, args, stage.log)
 
     typical = chosen[result.exemplars]
     cluster_of_user = np.full(interactions.n_users, -1, np.int32)
@@ -250,7 +281,8 @@ def main(argv=None):
     others = users[cluster_of_user[users] < 0]  # not sampled, or without an edge to a typical user
     cluster_of_user[others] = nearest(np.asarray(user_text[others]), np.asarray(user_text[typical]))
     unconnected = chosen[result.labels < 0]
-    row["net_similarity"] -= float(np.square(user_text[unconnected] - user_text[typical[cluster_of_user[unconnected]]], dtype=np.float64).sum())
+    if len(unconnected):
+        row["net_similarity"] -= float(np.square(user_text[unconnected] - user_text[typical[cluster_of_user[unconnected]]], dtype=np.float64).sum())
     # The kernel's exemplars label themselves, so every typical user is a training user and a member of its own cluster.
     assert np.array_equal(cluster_of_user[typical], np.arange(len(typical))) and (cluster_of_user[users] >= 0).all()
 
@@ -266,6 +298,9 @@ def main(argv=None):
     save_array(folder / "typical_users.npy", typical.astype(np.int64))
     save_json(folder / "report.json", report)
     stage.finish({k: report[k] for k in ("clusters", "fraction", "preference", "iterations", "converged", "net_similarity")})
+    if args.typical == "random":
+        print(f"{row['clusters']} random typical users ({100 * row['fraction']:.2f} % of {len(users)} users), {report['seconds']:.1f} s")
+        return 0
     print(f"{row['clusters']} clusters ({100 * row['fraction']:.2f} % of {len(chosen)} users), preference {row['preference']:.6g}, "
           f"{row['iterations']} iterations, {'converged' if row['converged'] else 'not converged'}, {report['seconds']:.1f} s")
     return 0

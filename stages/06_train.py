@@ -57,8 +57,9 @@ def parse(argv):
     add("--backbone", default="remi", metavar="NAME", help=f"behavioural model: {', '.join(backbones.BACKBONES)}; pop ranks by "
         "training popularity; FILE.py:ClassName is one of your own")
     add("--eimf", action="store_true", help="teach the backbone with explicit interests (needs stages 02-05)")
-    add("--control", choices=["random-text", "shuffled-clusters"],
-        help="with --eimf: replace text vectors by random ones, or give users another user's cluster")
+    add("--control", choices=["random-text", "shuffled-clusters", "random-typical-users"],
+        help="with --eimf: replace text vectors by random ones, give users another user's cluster, or require that stage 03 was run "
+        "with --typical random")
     add("--seed", type=int, default=0)
     add("--dim", type=int, default=64, help="D, size of item and interest vectors (paper: 64)")
     add("--interests", type=int, default=4, help="K, interests per user (paper: 4); single-interest models have 1 whatever is given")
@@ -191,6 +192,8 @@ def train(stage, args, interactions, model, teacher, cluster_of_user, device, pr
         target_vector = F.embedding(target, scored)  # e^T_i
         implicit = losses.read_out(interests, target_vector, soft=args.soft_read_out)  # (B, D), Eq. 6
         query, wanted = model.backbone.examples(implicit, target, history, lambda number: F.embedding(number, read))
+        if args.score_temperature:  # as the interests are; a model's own examples are not yet
+            query = F.normalize(query, dim=1)
         terms = {"recommendation": recommendation(query, scored, wanted),
                  "regulariser": model.backbone.regulariser(routing)}
         if teacher:

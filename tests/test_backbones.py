@@ -14,6 +14,7 @@ from eimf import backbones, losses
 from eimf.artifacts import UserError, load_json
 from eimf.backbones.capsule import squash
 from eimf.export import load_export, save_export
+from eimf.model import table_from_text
 
 DIM, INTERESTS, MAX_LEN, N_ITEMS = 16, 3, 7, 50
 SINGLE = {"dnn", "gru4rec", "sasrec", "bert4rec", "bert4rec-cloze", "llm2bert4rec", "sine"}
@@ -505,14 +506,15 @@ def test_a_table_from_text_keeps_the_texts_geometry():
     has_text = np.ones(N_ITEMS + 1, bool)
     has_text[[0, 5]] = False
     random = rng.standard_normal((N_ITEMS + 1, DIM)).astype(np.float32) * 0.05
-    table = backbones.table_from_text(random, text, has_text)
+    text[~has_text] = 0
+    table = table_from_text(random, text)
     np.testing.assert_array_equal(table[~has_text], random[~has_text])
     np.testing.assert_array_equal(table[:, 8:], random[:, 8:])  # the text has only 8 dimensions
     centred = text[has_text] - text[has_text].mean(0)
     gram, expected = table[has_text, :8] @ table[has_text, :8].T, centred @ centred.T
     np.testing.assert_allclose(gram / gram.trace(), expected / expected.trace(), atol=1e-5)
     assert table[has_text, :8].std() == pytest.approx(random[1:].std(), rel=1e-3)
-    fewer = backbones.table_from_text(random[:, :3], text, has_text)  # the leading components, in descending order
+    fewer = table_from_text(random[:, :3], text)  # the leading components, in descending order
     assert (np.diff(fewer[has_text].var(0)) < 0).all()
     np.testing.assert_allclose(np.corrcoef(fewer[has_text].T), np.eye(3), atol=1e-4)
 

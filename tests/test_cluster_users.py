@@ -291,3 +291,21 @@ def test_memory_is_checked_before_it_is_taken(tmp_path, monkeypatch):
         module.check_memory(200_000, 384, 0)
     with pytest.raises(UserError, match="needs about .* MiB"):
         module.check_memory(200_000, 384, 64)
+
+
+def test_random_typical_users_are_a_control_without_affinity_propagation(tmp_path):
+    """As many users as the fraction says, drawn with the seed; everyone with text goes to the nearest of them."""
+    _, split = make_data(tmp_path)
+    done = run_stage(tmp_path, "--typical", "random", "--typical-fraction", "0.1", "--seed", 3)
+    assert done.returncode == 0, done.stderr
+    cluster_of_user, typical, report = results(tmp_path)
+    clustered = training_with_text(split)
+    check_contract(cluster_of_user, typical, report, clustered)
+    assert len(typical) == report["clusters"] == round(0.1 * len(clustered)) and report["preference"] is None
+    text = np.load(tmp_path / "toy" / "02_encode_text" / "user_text.npy")
+    distance = np.square(text[clustered][:, None] - text[typical]).sum(2)
+    np.testing.assert_array_equal(cluster_of_user[clustered], distance.argmin(1))
+    run_stage(tmp_path, "--typical", "random", "--typical-fraction", "0.1", "--seed", 4)
+    assert not np.array_equal(results(tmp_path)[1], typical)
+    done = run_stage(tmp_path, "--typical", "random", "--preference", "-3")
+    assert done.returncode == 2 and "leave out --preference" in done.stderr

@@ -382,3 +382,32 @@ def test_an_export_with_a_pickle_is_refused(tmp_path, finished):
     crafted.write_bytes(b"not a zip")
     with pytest.raises(UserError, match="not a readable exported model"):
         load_export(crafted)
+
+
+def test_random_typical_users_must_come_from_stage_03(stage06, args, tmp_path, tiny):
+    """The control changes stages 03 to 05; 06 refuses a name that is not what they did, and stages that do not belong together."""
+    import shutil
+
+    from eimf.artifacts import UserError, save_json
+
+    shutil.copytree(tiny / "tiny", tmp_path / "tiny", ignore=shutil.ignore_patterns("06_train"))
+    args.data_dir = tmp_path
+    loaded(stage06, args)
+    args.control = "random-typical-users"
+    with pytest.raises(UserError, match="are exemplars, --control is random-typical-users; run stage 03 with --typical random"):
+        loaded(stage06, args)
+    path = tmp_path / "tiny" / "03_cluster_users" / "manifest.json"
+    manifest = load_json(path)
+    save_json(path, manifest | {"arguments": manifest["arguments"] | {"typical": "random"}})
+    loaded(stage06, args)
+    args.control = None
+    with pytest.raises(UserError, match="are random users, --control is None; add --control random-typical-users"):
+        loaded(stage06, args)
+    save_json(path, manifest)
+    folder = tmp_path / "tiny" / "04_infer_interests"
+    folder.mkdir()
+    save_json(folder / "manifest.json", manifest | {"outputs": {}, "inputs": {"03_cluster_users/typical_users.npy": "another"}})
+    save_json(path, manifest | {"outputs": manifest["outputs"] | {"typical_users.npy": {"bytes": 1, "sha256": "this"}}})
+    (path.parent / "typical_users.npy").write_bytes(b"1")
+    with pytest.raises(UserError, match="04_infer_interests was made from another 03_cluster_users/typical_users.npy .* run stage 04"):
+        loaded(stage06, args)

@@ -107,6 +107,7 @@ def load_text(stage, args, n_items):
     item_text, has_text, axes = load_item_text(stage, args, n_items)
     clusters, interests = (stage.input(s) for s in ("03_cluster_users", "05_encode_interests"))
     stage.input("04_infer_interests", optional=True)  # the labels' texts, see save_labels
+    check_typical_users(stage, args)
     vectors = load_array(interests / "interest_vectors.npy")
     offsets = load_array(interests / "interest_offsets.npy")
     cluster_of_user = load_array(clusters / "cluster_of_user.npy").astype(np.int64)
@@ -130,6 +131,21 @@ def load_text(stage, args, n_items):
     index = np.concatenate([index, np.full((1, len(column)), -1)])
     tensors = {"item_text": item_text, "item_has_text": has_text, "interest_vectors": vectors, "interest_index": index}
     return {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in tensors.items()}, cluster_of_user
+
+
+def check_typical_users(stage, args):
+    """Raise UserError unless stages 03 to 05 were run one after the other, and with the typical users that --control names."""
+    arguments = load_json(stage.root / "03_cluster_users" / "manifest.json")["arguments"]
+    if (arguments.get("typical") == "random") != (args.control == "random-typical-users"):
+        found, fix = ("random users", "add --control random-typical-users") if args.control != "random-typical-users" else (
+            "exemplars", "run stage 03 with --typical random, then 04 and 05")
+        raise UserError(f"the typical users of stage 03 are {found}, --control is {args.control}; {fix}")
+    for later, earlier, file in (("04_infer_interests", "03_cluster_users", "typical_users.npy"),
+                                 ("05_encode_interests", "04_infer_interests", "interests.jsonl")):
+        manifest, key = stage.root / later / "manifest.json", f"{earlier}/{file}"
+        used = load_json(manifest)["inputs"].get(key) if manifest.is_file() else None
+        if used is not None and used != stage.inputs.get(key, used):
+            raise UserError(f"{later} was made from another {key} than the present one; run stage {later} again, and those after it")
 
 
 def _random_unit(rng, shape):

@@ -2,7 +2,6 @@
 
 Shapes: B batch, L history length, K interests, D dimension, R real events of a batch.
 """
-import torch
 from torch import nn
 
 

@@ -1,7 +1,6 @@
 """Transformer backbones. Their one interest is the state at one position, after a last layer normalisation."""
 import math
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
