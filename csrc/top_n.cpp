@@ -388,6 +388,7 @@ extern "C" void eimf_items_destroy(eimf_items *prepared) { delete prepared; }
 extern "C" eimf_status eimf_items_top_n(const eimf_items *prepared, const float *interests, size_t users, size_t n_interests, size_t n,
                                         const eimf_top_n_options *options, int64_t *ids, float *scores, int32_t *interest, eimf_error *error) {
     return guarded(error, [&] {
+        if (!prepared) fail(EIMF_ERROR_ARGUMENT, "the prepared items are NULL");
         run({interests, users, n_interests, prepared->d, prepared->items, prepared->n_items, n, options ? *options : eimf_top_n_defaults()}, prepared,
             ids, scores, interest);
     });
