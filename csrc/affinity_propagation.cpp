@@ -997,6 +997,7 @@ extern "C" eimf_status eimf_points_affinity_propagation(eimf_points *points, con
                                                         eimf_ap_result *result, eimf_error *error) {
     return guarded(error, [&] {
         const eimf_ap_options options = given ? *given : eimf_ap_defaults();
+        if (!points) fail(EIMF_ERROR_ARGUMENT, "the points are NULL");
         check_options(options, points->n, preference, n_preference);
         *result = {};
         const std::vector<double> all = expand(preference, n_preference, points->n);

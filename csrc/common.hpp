@@ -14,7 +14,6 @@
 #include <memory>
 #include <mutex>
 #include <new>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -159,10 +158,11 @@ public:
     explicit Team(size_t n_threads) {
         if (n_threads == 0) n_threads = std::thread::hardware_concurrency();
         if (n_threads > 1024) n_threads = 1024;
+        threads_.reserve(n_threads);  // before any is started: a failure later would end the process, not only this call
         try {
             for (size_t t = 1; t < n_threads; ++t) threads_.emplace_back([this] { work(); });
-        } catch (const std::system_error &) {
-            // The system gives no more threads: go on with those there are.
+        } catch (const std::exception &) {
+            // The system gives no more threads, or no memory for them: go on with those there are.
         }
     }
     ~Team() {

@@ -120,7 +120,8 @@ eimf_status eimf_affinity_propagation(const float *x, size_t n, size_t d, const 
 
 /* Points for several runs, as a search for the preference makes them: the neighbour search, usually the largest part of a run,
  * is done once, and lists that one run had to grow stay for the next. A run gives what eimf_affinity_propagation gives at the
- * same preference and options, whatever runs came before.
+ * same preference and options, whatever runs came before (with explicit messages, see above, up to their float32 rounding: the
+ * turn to them may come an iteration earlier or later).
  *
  * x must stay alive and unchanged until eimf_points_destroy, and so must options.allocator; of the options only that, the kernel and the
  * memory limit are read by _create. One run at a time: a second one on the same object is an error, as runs share its lists;

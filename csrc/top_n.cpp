@@ -62,11 +62,13 @@ void shrink(Candidates &c, size_t n, size_t room, const ScoreKernels &kernels) {
     c.threshold = last;  // items come by rising id, so a later one with this score ranks behind the n kept
 }
 
-constexpr size_t BLOCK_BYTES = 512 << 10;  // query rows, and candidates, of one block of users: each fits the L2 cache
+// One block of users: its query rows should fit the L2 cache; candidates are touched rarely. The more users, the more often a packed
+// panel is used. Together below 2 MB.
+constexpr size_t QUERY_BYTES = 512 << 10, CANDIDATE_BYTES = 1280 << 10;
 
 size_t users_per_block(const TopNProblem &p, size_t capacity) {
-    const size_t by_rows = BLOCK_BYTES / (p.k * p.d * sizeof(float)), by_keys = BLOCK_BYTES / (capacity * sizeof(RankKey));
-    return std::max<size_t>(1, std::min<size_t>({256, by_rows, by_keys}));
+    const size_t by_rows = QUERY_BYTES / (p.k * p.d * sizeof(float)), by_keys = CANDIDATE_BYTES / (capacity * sizeof(RankKey));
+    return std::max<size_t>(1, std::min<size_t>({512, by_rows, by_keys}));
 }
 
 // Which rows gave the scores of the `count` items in `keys`: the first row where the score is reached.
@@ -386,6 +388,7 @@ extern "C" void eimf_items_destroy(eimf_items *prepared) { delete prepared; }
 extern "C" eimf_status eimf_items_top_n(const eimf_items *prepared, const float *interests, size_t users, size_t n_interests, size_t n,
                                         const eimf_top_n_options *options, int64_t *ids, float *scores, int32_t *interest, eimf_error *error) {
     return guarded(error, [&] {
+        if (!prepared) fail(EIMF_ERROR_ARGUMENT, "the prepared items are NULL");
         run({interests, users, n_interests, prepared->d, prepared->items, prepared->n_items, n, options ? *options : eimf_top_n_defaults()}, prepared,
             ids, scores, interest);
     });

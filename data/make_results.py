@@ -4,7 +4,8 @@
     python data/make_results.py --check    # exits 1 if the README's block is not what data/results/ gives
 
 Reads   data/<data set>/07_evaluate/summary.json of the data sets below, where they exist
-Writes  data/results/<data set>.json, and the block of README.md between the two `results` markers
+        data/results/core.json, which csrc/bench/bench.py --json writes
+Writes  data/results/<data set>.json, and the blocks of README.md between the two `results` and, if it has them, the two `core` markers
 """
 import argparse
 import json
@@ -22,6 +23,20 @@ DATASETS = {"Beauty-file-order": "Beauty", "Office_Products-file-order": "Office
 COLUMNS = {"recall@20": "R@20", "recall@50": "R@50", "ndcg@20": "NDCG@20", "ndcg@50": "NDCG@50", "hr@20": "HR@20", "hr@50": "HR@50"}
 ORDER = ("pop", "remi", "remi-eimf", "remi-eimf-random-text", "remi-eimf-shuffled-clusters")
 BEGIN, END = "<!-- results: python data/make_results.py -->", "<!-- end of results -->"
+CORE_BEGIN, CORE_END = "<!-- core: python data/make_results.py -->", "<!-- end of core -->"
+# csrc/bench's columns as the README shows them: header, format.
+CORE = {
+    "affinity_propagation": ("Affinity propagation, seconds per iteration", {
+        "points": ("points", "d"), "quantile": ("preference, quantile of the similarities", "g"), "clusters": ("clusters", "d"),
+        "eimf s/iteration": ("eimf", ".4f"), "scikit-learn s/iteration": ("scikit-learn", ".3f"), "ratio": ("ratio", ".0f"),
+        "fit ratio": ("whole fit, ratio", ".0f"), "eimf MiB": ("eimf MiB", "d"), "memory ratio": ("memory, ratio", ".0f")}),
+    "scoring": ("Top 50 of the maximum over K = 4 interests, D = 64, users per second", {
+        "items": ("items", "d"), "eimf users/s": ("eimf", ".0f"), "NumPy users/s": ("NumPy", ".0f"), "torch users/s": ("torch", ".0f"),
+        "faiss users/s": ("faiss", ".0f"), "share of peak": ("eimf, share of peak", ".0%"), "one user, prepared, ms": ("one user alone, ms", ".2f")}),
+    "hnsw": ("HNSW at a recall of at least .99 beside the exact kernel", {
+        "items": ("items", "d"), "ef": ("ef", "d"), "recall": ("recall", ".3f"), "hnsw users/s": ("HNSW users/s", ".0f"),
+        "exact users/s": ("exact users/s", ".0f"), "hnsw, one user, ms": ("one user, HNSW ms", ".2f"), "exact, one user, ms": ("one user, exact ms", ".2f")}),
+}
 
 
 def render(folder):
@@ -50,6 +65,28 @@ def render(folder):
     return text.replace("**.\n\n- ", "**.\n- ")
 
 
+def render_core(path):
+    """The core's speed as Markdown, from csrc/bench's figures."""
+    found, parts = json.loads(path.read_text(encoding="utf-8")), []
+    for name in [name for name in CORE if name in found]:
+        title, columns = CORE[name]
+        machine, rows = found[name]["machine"], found[name]["rows"]
+        cells = [[format(row[c], style) if row.get(c) is not None else "" for c, (_, style) in columns.items()] for row in rows]
+        how = (f"{machine['cpu']}, {machine['kernel']}, {machine['threads']} thread{'s' * (machine['threads'] > 1)}, {machine['clock']} clock, "
+               f"medians of {machine['rounds']}, peak {machine['fma_gflops']:.0f} GFLOP/s and {machine['memory_gbs']:.0f} GB/s, "
+               f"load {machine['load']} at the start")
+        parts.append(f"**{title}** ({how})\n\n" + markdown_table([header for header, _ in columns.values()], cells))
+    return "\n\n".join(parts)
+
+
+def replaced(text, begin, end, block):
+    """`text` with `block` between its two markers; exits unless each is there once."""
+    if text.count(begin) != 1 or text.count(end) != 1:
+        sys.exit(f"error: README.md must hold the lines {begin!r} and {end!r} once each")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n\n{block}\n\n{end}{rest.split(end)[1]}"
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--data-dir", type=Path, default=ROOT / "data", help="folder that holds all data sets")
@@ -64,14 +101,13 @@ def main(argv=None):
                 shutil.copyfile(source, results / f"{dataset}.json")
                 print(f"copied {source}")
     text = readme.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        sys.exit(f"error: {readme} must hold the lines {BEGIN!r} and {END!r} once each")
-    before, rest = text.split(BEGIN)
-    updated = f"{before}{BEGIN}\n\n{render(results)}\n\n{END}{rest.split(END)[1]}"
+    updated = replaced(text, BEGIN, END, render(results))
+    if CORE_BEGIN in text or CORE_END in text:
+        updated = replaced(updated, CORE_BEGIN, CORE_END, render_core(results / "core.json"))
     if args.check:
         sys.exit(0 if updated == text else "error: README.md differs from data/results; run python data/make_results.py")
     readme.write_text(updated, encoding="utf-8")
-    print(f"wrote the results block of {readme}")
+    print(f"wrote the blocks of {readme}")
 
 
 if __name__ == "__main__":

@@ -211,6 +211,7 @@ void check_prepared() {
     }
     eimf_points_destroy(points);
     eimf_points_destroy(nullptr);
+    CHECK(eimf_points_affinity_propagation(nullptr, nullptr, 0, nullptr, nullptr, nullptr, nullptr, nullptr) == EIMF_ERROR_ARGUMENT);
 
     eimf_items *items = nullptr;
     CHECK(eimf_items_create(x.data(), 600, 5, EIMF_KERNEL_AUTO, nullptr, &items, nullptr) == EIMF_OK);
@@ -227,6 +228,7 @@ void check_prepared() {
     CHECK(a == b);
     eimf_items_destroy(items);
     eimf_items_destroy(nullptr);
+    CHECK(eimf_items_top_n(nullptr, queries.data(), 20, 4, 10, nullptr, nullptr, nullptr, nullptr, nullptr) == EIMF_ERROR_ARGUMENT);
 
     size_t failures = 0;
     for (long allowed = 0;; ++allowed) {

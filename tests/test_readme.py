@@ -58,6 +58,28 @@ def test_make_results_renders_and_checks(root, tmp_path, run_script, load_script
     assert "differs" in str(stop.value.code)
 
 
+def test_make_results_renders_the_cores_speed(tmp_path, load_script):
+    module = load_script("data/make_results.py")
+    module.ROOT = tmp_path
+    (tmp_path / "data/results").mkdir(parents=True)
+    machine = {"cpu": "Some CPU", "kernel": "avx2", "threads": 2, "clock": "wall", "rounds": 5, "fma_gflops": 117.4, "memory_gbs": 46.8, "load": 0.2}
+    row = {"items": 12101, "eimf users/s": 14999.6, "torch users/s": None, "share of peak": .815, "one user, prepared, ms": .0866}
+    core = tmp_path / "data/results/core.json"
+    core.write_text(module.json.dumps({"scoring": {"machine": machine, "rows": [row]}}))
+    (tmp_path / "README.md").write_text(f"a\n{module.BEGIN}\n{module.END}\nb\n{module.CORE_BEGIN}\nold\n{module.CORE_END}\nz\n")
+    module.main(["--data-dir", str(tmp_path / "data")])
+    text = (tmp_path / "README.md").read_text()
+    assert "| 12101 | 15000 |  |  |  | 82% | 0.09 |" in text and "old" not in text and text.endswith("z\n")
+    assert "Some CPU, avx2, 2 threads, wall clock, medians of 5, peak 117 GFLOP/s and 47 GB/s" in text
+    with pytest.raises(SystemExit) as stop:
+        module.main(["--check"])
+    assert stop.value.code == 0
+    core.write_text(core.read_text().replace("12101", "12102"))
+    with pytest.raises(SystemExit) as stop:
+        module.main(["--check"])
+    assert "differs" in str(stop.value.code)
+
+
 @pytest.mark.slow
 def test_every_command_runs(sample, root, tmp_path, shared):
     """In order, in a copy where the sample was run; placeholders are filled in, long runs cut short where it says so."""

@@ -1,37 +1,59 @@
-"""Speed of eimf_core beside scikit-learn, NumPy, torch and faiss, in one interleaved run; prints Markdown tables.
+"""Speed and memory of eimf_core beside scikit-learn, NumPy, torch, faiss and hnswlib, in one interleaved run.
 
-    taskset -c 0 python csrc/bench/bench.py --threads 1
-    python csrc/bench/bench.py --threads 2 --users 4905 --items 12101
+    taskset -c 0 python csrc/bench/bench.py --json data/results/core.json                  # about an hour, 18 GB
+    taskset -c 0 python csrc/bench/bench.py --users 4905 --items 12101 --hnsw-items 12101  # minutes
+    python csrc/bench/bench.py --threads 2
 
 Every contender runs once per round, the rounds are repeated, and medians are shown. scikit-learn's time per iteration is the
-difference of two runs with different iteration limits, so that its start-up does not count; --fit also runs it to the end.
-`--clock cpu` measures the process's CPU time: for one thread on a machine that others use at the same time. torch and faiss are
-left out where they are not installed. Points: a mixture of clusters on the unit sphere in 384 dimensions, like text vectors, or
---vectors FILE.npy.
+difference of two runs with different iteration limits, so that its start-up does not count; eimf's is the mean over a whole run, growing
+lists included. `--clock cpu` measures the process's CPU time: for one thread on a machine that others use too. torch and faiss
+(`pip install faiss-cpu`) are left out where they are not installed.
+
+Points: a mixture of clusters on the unit sphere in 384 dimensions, like text vectors, or --vectors FILE.npy. Items for scoring: normal, as
+speed does not depend on them. Items for HNSW: a mixture in 16 of 64 dimensions with noise in all, or --item-vectors FILE.npy, as a graph's
+speed does depend on them. Peaks (multiply-adds, memory) are measured by bench.cpp, which is compiled for that.
+
+Prints Markdown tables; --json FILE takes the figures for data/make_results.py. A table that is not asked for (--items with no number, say)
+stays in the file as it was.
 """
 import argparse
 import gc
 import importlib
+import importlib.metadata
+import json
 import os
+import platform
+import resource
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 import warnings
+from pathlib import Path
+
+CSRC = Path(__file__).resolve().parents[1]
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def parse_arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--users", type=int, nargs="*", default=[4905], help="numbers of points for affinity propagation")
-    parser.add_argument("--preferences", type=float, nargs="*", default=[0.5, 0.1, 0.01],
+    parser.add_argument("--users", type=int, nargs="*", default=[4905, 14_681, 22_363], help="numbers of points for affinity propagation")
+    parser.add_argument("--preferences", type=float, nargs="*", default=[0.5, 0.1, 0.01, 0],
                         help="quantiles of the similarities; lower gives fewer clusters")
     parser.add_argument("--damping", type=float, default=0.5)
     parser.add_argument("--vectors", help="float32 (n, d) .npy file to take the points from")
-    parser.add_argument("--fit", action="store_true", help="also time whole fits")
-    parser.add_argument("--items", type=int, nargs="*", default=[12101, 100_000], help="catalogue sizes for scoring")
+    parser.add_argument("--fit-below", type=int, default=6000, help="time scikit-learn's whole fit up to so many points")
+    parser.add_argument("--items", type=int, nargs="*", default=[12_101, 100_000, 1_000_000], help="catalogue sizes for scoring")
     parser.add_argument("--batch", type=int, default=512, help="users per call")
+    parser.add_argument("--hnsw-items", type=int, nargs="*", default=[12_101, 50_000, 100_000, 200_000], help="catalogue sizes for HNSW")
+    parser.add_argument("--item-vectors", help="float32 (n, d) .npy file to take HNSW's items from")
+    parser.add_argument("--program", help="eimf_bench as CMake builds it with -DEIMF_BENCH=ON, for the peaks (default: compile it)")
+    parser.add_argument("--json", type=Path, help="file to keep the figures in")
+    parser.add_argument("--memory-of", nargs=3, metavar=("WHO", "N", "P"), help=argparse.SUPPRESS)  # a child process of this script
     return parser.parse_args(argv)
 
 
@@ -40,11 +62,12 @@ for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"): 
     os.environ[variable] = str(args.threads)
 
 import eimf_core
+import hnswlib
 import numpy as np
 from sklearn.cluster import affinity_propagation
 from sklearn.metrics import euclidean_distances
 
-clock = time.perf_counter if args.clock == "wall" else time.process_time
+clock = CLOCKS[args.clock]
 
 
 def optional(name):
@@ -61,13 +84,30 @@ def timed(function):
     return clock() - start
 
 
-def interleaved(contenders):
-    """{name: median seconds} of functions that return seconds, or of plain functions that are timed."""
+def interleaved(contenders, rounds=None):
+    """{name: median seconds} of functions that return seconds."""
     times = {name: [] for name in contenders}
-    for _ in range(args.rounds):
+    for _ in range(rounds or args.rounds):
         for name, function in contenders.items():
             times[name].append(function())
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def table(title, columns, rows):
+    print(f"\n{title}\n\n| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
+    for row in rows:
+        print("| " + " | ".join("" if row.get(c) is None else f"{row[c]:.4g}" if isinstance(row[c], float) else str(row[c]) for c in columns) + " |")
+
+
+def peaks():
+    """GFLOP/s of multiply-adds in registers and GB/s of memory, of one thread."""
+    with tempfile.TemporaryDirectory() as folder:
+        program = args.program or f"{folder}/bench"
+        sources = [str(path) for path in sorted(CSRC.glob("*.cpp")) if path.name != "bindings.cpp"]
+        if not args.program:
+            subprocess.run(["c++", "-O3", "-std=c++17", "-ffp-contract=off", "-pthread", f"-I{CSRC}", *sources, str(CSRC / "bench" / "bench.cpp"), "-o", program],
+                           check=True)
+        return json.loads(subprocess.run([program, "--peaks"], check=True, capture_output=True, text=True).stdout)
 
 
 def points(n, d=384, seed=0):
@@ -78,90 +118,127 @@ def points(n, d=384, seed=0):
     return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
 
 
-def core_iterations(x, preference):
-    """(median seconds per iteration, iterations, seconds of the whole fit, Clustering)."""
+def sklearn_similarities(x):
+    """Float32, as scikit-learn takes them from float32 points."""
+    return -euclidean_distances(x, squared=True)
+
+
+def sklearn_run(similarities, preference, max_iter, copy=True):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return affinity_propagation(similarities, preference=preference, max_iter=max_iter, damping=args.damping, random_state=0, copy=copy)
+
+
+def core_run(x, preference):
+    """(mean seconds per iteration, seconds of the whole fit, Clustering)."""
     stamps = []
     start = clock()
     result = eimf_core.affinity_propagation(x, preference, damping=args.damping, n_threads=args.threads,
                                             progress=lambda iteration, _: stamps.append((iteration, clock())))
     total = clock() - start
     steps = [t for iteration, t in stamps if iteration > 0]
-    return statistics.mean(np.diff(steps)) if len(steps) > 1 else 0.0, result.n_iter, total, result
+    return (steps[-1] - steps[0]) / (len(steps) - 1) if len(steps) > 1 else 0.0, total, result
 
 
-def bench_affinity_propagation():
-    print("| points | preference (quantile) | clusters | eimf s/iteration | scikit-learn s/iteration | ratio | eimf fit s | eimf MiB |"
-          + (" scikit-learn fit s | ratio |" if args.fit else ""))
-    print("|" + "---|" * (10 if args.fit else 8))
+def memory_of(who, n, preference):
+    """MiB that a run adds to a process that holds the points already, from a process of its own."""
+    command = [sys.executable, __file__, "--memory-of", who, str(n), repr(preference), "--threads", str(args.threads), "--damping", str(args.damping)]
+    done = subprocess.run(command + (["--vectors", args.vectors] if args.vectors else []), capture_output=True, text=True, check=True)
+    return round(float(done.stdout))
+
+
+def run_for_memory(who, n, preference):
+    x = points(int(n))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if who == "eimf":
+        core_run(x, float(preference))
+    else:
+        sklearn_run(sklearn_similarities(x), float(preference), 2, copy=False)
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / (1 << 20 if sys.platform == "darwin" else 1 << 10))
+
+
+def bench_affinity_propagation(bandwidth):
+    rows = []
     for n in args.users:
         x = points(n)
-        n = len(x)
-        s = -euclidean_distances(x[:2000].astype(np.float64), squared=True)
-        off_diagonal = s[~np.eye(len(s), dtype=bool)]
-        similarities = -euclidean_distances(x, squared=True)
-
-        def sklearn_run(preference, max_iter, similarities=similarities):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                return timed(lambda: affinity_propagation(similarities, preference=preference, max_iter=max_iter, damping=args.damping,
-                                                          random_state=0))
-
+        sample = sklearn_similarities(x[:2000])
+        off_diagonal = sample[~np.eye(len(sample), dtype=bool)]
+        similarities = sklearn_similarities(x)
+        sklearn_memory = memory_of("sklearn", n, -1.0)
+        few, many = (2, 12) if n <= args.fit_below else (2, 4)
         for quantile in args.preferences:
             preference = float(np.quantile(off_diagonal, quantile))
-            result = []
+            runs = []
 
-            def ours(preference=preference, result=result):
-                result.append(core_iterations(x, preference))
-                return result[-1][0]
+            def ours(preference=preference, runs=runs, x=x):
+                runs.append(core_run(x, preference))
+                return runs[-1][0]
 
-            median = interleaved({"core": ours, "sklearn": lambda p=preference: (sklearn_run(p, 5) - sklearn_run(p, 2)) / 3})
-            fit = statistics.median(r[2] for r in result)
-            row = (f"| {n} | {preference:.3f} ({quantile}) | {len(result[0][3].exemplars)}{'' if result[0][3].converged else ' (not converged)'} | "
-                   f"{median['core']:.5f} | {median['sklearn']:.3f} | {median['sklearn'] / median['core']:.0f} | {fit:.2f} | "
-                   f"{result[0][3].peak_bytes / 2**20:.0f} |")
-            if args.fit:
-                whole = sklearn_run(preference, 200)
-                row += f" {whole:.2f} | {whole / fit:.0f} |"
-            print(row, flush=True)
+            def theirs(preference=preference, s=similarities, few=few, many=many):
+                return (timed(lambda: sklearn_run(s, preference, many)) - timed(lambda: sklearn_run(s, preference, few))) / (many - few)
+
+            median = interleaved({"eimf": ours, "sklearn": theirs}, rounds=args.rounds if n <= args.fit_below else min(args.rounds, 3))
+            fit, result = statistics.median(r[1] for r in runs), runs[0][2]
+            row = {"points": len(x), "quantile": quantile, "preference": preference, "clusters": len(result.exemplars), "converged": result.converged,
+                   "eimf s/iteration": median["eimf"], "scikit-learn s/iteration": median["sklearn"], "ratio": median["sklearn"] / median["eimf"],
+                   "eimf fit s": fit, "scikit-learn fit s": None, "fit ratio": None, "eimf MiB": memory_of("eimf", n, preference),
+                   "scikit-learn MiB": sklearn_memory}
+            row["memory ratio"] = row["scikit-learn MiB"] / max(1, row["eimf MiB"])
+            if n <= args.fit_below:
+                row["scikit-learn fit s"] = timed(lambda p=preference, s=similarities: sklearn_run(s, p, 200))
+                row["fit ratio"] = row["scikit-learn fit s"] / fit
+            # Explicit messages: 20 n^2 bytes an iteration.
+            explicit = result.peak_bytes > 8 * n * n
+            row["share of memory bandwidth"] = 20 * n * n / median["eimf"] / bandwidth / 1e9 if explicit else None
+            rows.append(row)
+            print(row, file=sys.stderr, flush=True)
+    if rows:
+        table("Affinity propagation", list(rows[0]), rows)
+    return rows
 
 
-def bench_top_n(n=50, k=4, d=64):
+def bench_top_n(peak, n=50, k=4, d=64):
     torch, faiss = optional("torch"), optional("faiss")
     if torch:
         torch.set_num_threads(args.threads)
     if faiss:
         faiss.omp_set_num_threads(args.threads)
-    print(f"\n| items | top {n} of max over K = {k}, D = {d}: users per second | " + " | ".join(["eimf", "NumPy", "torch", "faiss"]) + " | eimf GFLOP/s |")
-    print("|" + "---|" * 7)
+    rows = []
     for n_items in args.items:
         rng = np.random.default_rng(0)
-        batch = max(16, min(args.batch, int(3e8 / n_items)))
+        batch = max(64, min(args.batch, int(3e8 / n_items)))
         interests, items = rng.standard_normal((batch, k, d), dtype=np.float32), rng.standard_normal((n_items, d), dtype=np.float32)
+        prepared = eimf_core.Items(items)
         expected = eimf_core.top_n(interests, items, n, n_threads=args.threads)[0]
         chunk = max(1, min(batch, int(5e7 / (k * n_items))))
 
-        def numpy_top(a, b):
+        def numpy_top(a, b, interests=interests, items=items):
             scores = (interests[a:b].reshape(-1, d) @ items.T).reshape(b - a, k, -1).max(axis=1)
             top = np.argpartition(scores, -n, axis=1)[:, -n:]
             return np.take_along_axis(top, np.argsort(-np.take_along_axis(scores, top, axis=1), axis=1), axis=1)
 
-        contenders = {"eimf": lambda: eimf_core.top_n(interests, items, n, n_threads=args.threads)[0],
-                      "NumPy": lambda: np.concatenate([numpy_top(a, min(batch, a + chunk)) for a in range(0, batch, chunk)])}
+        def chunked(function, batch=batch, chunk=chunk):
+            return np.concatenate([np.asarray(function(a, min(batch, a + chunk))) for a in range(0, batch, chunk)])
+
+        contenders = {"eimf": lambda i=interests, t=items: eimf_core.top_n(i, t, n, n_threads=args.threads)[0],
+                      "eimf, prepared": lambda i=interests, t=prepared: eimf_core.top_n(i, t, n, n_threads=args.threads)[0],
+                      "NumPy": lambda f=numpy_top, c=chunked: c(f)}
         if torch:
-            queries, table = torch.from_numpy(interests), torch.from_numpy(items)
-            contenders["torch"] = lambda: torch.cat([torch.topk((queries[a:a + chunk].reshape(-1, d) @ table.T).reshape(-1, k, n_items).amax(1), n)[1]
-                                                     for a in range(0, batch, chunk)]).numpy()
+            queries, stored = torch.from_numpy(interests), torch.from_numpy(items)
+
+            def torch_top(a, b, queries=queries, stored=stored, n_items=n_items):
+                return torch.topk((queries[a:b].reshape(-1, d) @ stored.T).reshape(-1, k, n_items).amax(1), n)[1]
+
+            contenders["torch"] = lambda f=torch_top, c=chunked: c(f)
         if faiss:
             index = faiss.IndexFlatIP(d)
             index.add(items)
 
-            def merged():
+            def merged(index=index, interests=interests, batch=batch):
                 scores, ids = (part.reshape(batch, -1) for part in index.search(interests.reshape(-1, d), n))
-                rows = []
-                for user in range(batch):
-                    _, first = np.unique(ids[user][np.argsort(-scores[user], kind="stable")], return_index=True)
-                    rows.append(ids[user][np.argsort(-scores[user], kind="stable")][np.sort(first)[:n]])
-                return np.array(rows)
+                order = np.argsort(-scores, axis=1, kind="stable")
+                ids = np.take_along_axis(ids, order, axis=1)
+                return np.array([row[np.sort(np.unique(row, return_index=True)[1])[:n]] for row in ids])
 
             contenders["faiss"] = merged
         for name, function in contenders.items():
@@ -169,14 +246,103 @@ def bench_top_n(n=50, k=4, d=64):
             if same < 0.999:
                 sys.exit(f"{name} finds other items than eimf ({same:.4f} equal); expected the same but for rounding")
         median = interleaved({name: lambda f=function: timed(f) for name, function in contenders.items()})
-        cells = " | ".join(f"{batch / median[name]:.0f}" if name in median else "-" for name in ("eimf", "NumPy", "torch", "faiss"))
-        print(f"| {n_items} | batches of {batch} | {cells} | {2 * batch * k * d * n_items / median['eimf'] / 1e9:.0f} |", flush=True)
         one = interests[:1]
-        single = statistics.median(timed(lambda: eimf_core.top_n(one, items, n, n_threads=1)) for _ in range(30))
-        print(f"| {n_items} | one user, one thread: {1e3 * single:.3f} ms | | | | | |", flush=True)
+        single = {name: [] for name in ("one user, ms", "one user, prepared, ms")}
+        for _ in range(100):
+            for name, given in zip(single, (items, prepared)):
+                start = clock()
+                eimf_core.top_n(one, given, n, n_threads=1)
+                single[name].append(1e3 * (clock() - start))
+        gflops = 2 * batch * k * d * n_items / median["eimf"] / 1e9
+        rows.append({"items": n_items, "batch": batch} | {f"{name} users/s": batch / seconds for name, seconds in median.items()}
+                    | {f"times {name}": median[name] / median["eimf"] for name in ("NumPy", "torch", "faiss") if name in median}
+                    | {"GFLOP/s": gflops, "share of peak": gflops / (peak * args.threads)} | {name: statistics.median(values) for name, values in single.items()})
+        print(rows[-1], file=sys.stderr, flush=True)
+    if rows:
+        table(f"Top {n} of the maximum over K = {k}, D = {d}", list(rows[0]), rows)
+    return rows
+
+
+def bench_hnsw(n=50, k=4, d=64, users=256, enough=0.99):
+    """Where an HNSW graph that finds 99 % of the true top 50 overtakes exact search."""
+    rows = []
+    vectors = np.load(args.item_vectors, allow_pickle=False).astype(np.float32) if args.item_vectors else None
+    for n_items in args.hnsw_items:
+        rng = np.random.default_rng(0)
+        if vectors is not None:
+            items = np.ascontiguousarray(vectors[np.isfinite(vectors).all(1) & (vectors != 0).any(1)][:n_items])
+        else:
+            groups = n_items // 50 + 1
+            latent = rng.standard_normal((groups, 16))[rng.integers(0, groups, n_items)] + 0.5 * rng.standard_normal((n_items, 16))
+            items = (latent @ rng.standard_normal((16, d)) / 4 + 0.2 * rng.standard_normal((n_items, d))).astype(np.float32)
+        picked = rng.integers(0, len(items), (users, k, 3))
+        interests = np.ascontiguousarray(items[picked].mean(axis=2))  # near items, as trained interests are
+        prepared, truth = eimf_core.Items(items), eimf_core.top_n(interests, items, n, n_threads=args.threads)[0]
+        index = hnswlib.Index(space="ip", dim=items.shape[1])
+        index.init_index(max_elements=len(items), M=16, ef_construction=200, random_seed=0)
+        build = timed(lambda: index.add_items(items, num_threads=args.threads))
+
+        def search(queries, threads, index=index, items=items):
+            """Each interest's n, merged: the best n of the union by the maximum over interests."""
+            labels, distance = index.knn_query(queries.reshape(-1, items.shape[1]), n, num_threads=threads)
+            labels, distance = labels.reshape(len(queries), -1).astype(np.int64), distance.reshape(len(queries), -1)
+            order = np.argsort(distance, axis=1, kind="stable")
+            found = np.full((len(queries), n), -1)
+            for row, (ids, at) in enumerate(zip(labels, order)):
+                distinct = ids[at][np.sort(np.unique(ids[at], return_index=True)[1])[:n]]
+                found[row, :len(distinct)] = distinct
+            return found
+
+        for ef in (50, 100, 200, 400, 800, 1600, 3200, 6400):
+            index.set_ef(ef)
+            found = search(interests, args.threads)
+            recall = float(np.mean([len(np.intersect1d(a, b)) / n for a, b in zip(found, truth)]))
+            if recall >= enough:
+                break
+        contenders = {"hnsw": lambda: timed(lambda: search(interests, args.threads)),
+                      "exact": lambda: timed(lambda: eimf_core.top_n(interests, items, n, n_threads=args.threads)),
+                      "hnsw, one user": lambda: timed(lambda: [search(interests[u:u + 1], 1) for u in range(32)]) / 32,
+                      "exact, one user": lambda: timed(lambda: [eimf_core.top_n(interests[u:u + 1], prepared, n, n_threads=1) for u in range(32)]) / 32}
+        median = interleaved(contenders)
+        rows.append({"items": len(items), "ef": ef, "recall": recall, "build s": build, "hnsw users/s": users / median["hnsw"], "exact users/s": users / median["exact"],
+                     "exact / hnsw": median["hnsw"] / median["exact"], "hnsw, one user, ms": 1e3 * median["hnsw, one user"],
+                     "exact, one user, ms": 1e3 * median["exact, one user"], "exact / hnsw, one user": median["hnsw, one user"] / median["exact, one user"]})
+        print(rows[-1], file=sys.stderr, flush=True)
+    if rows:
+        table(f"HNSW (M = 16, ef for a recall of {enough}) beside exact search", list(rows[0]), rows)
+    return rows
+
+
+def processor():
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def version(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def main():
+    if args.memory_of:
+        return run_for_memory(*args.memory_of)
+    machine = peaks() | {"cpu": processor(), "kernel": eimf_core.kernels()[-1], "threads": args.threads, "clock": args.clock, "rounds": args.rounds,
+                         "load": round(os.getloadavg()[0], 1), "versions": {p: version(p) for p in ("eimf-core", "numpy", "scikit-learn", "torch", "faiss-cpu", "hnswlib")}}
+    print(machine)
+    found = {"affinity_propagation": bench_affinity_propagation(machine["memory_gbs"]), "scoring": bench_top_n(machine["fma_gflops"]), "hnsw": bench_hnsw()}
+    if args.json:
+        kept = json.loads(args.json.read_text(encoding="utf-8")) if args.json.is_file() else {}
+        for name, rows in found.items():
+            if rows:
+                kept[name] = {"machine": machine, "rows": rows}
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    print(f"eimf_core {eimf_core.__version__} ({eimf_core.kernels()[-1]}), {args.threads} thread(s), {args.clock} clock, medians of {args.rounds} rounds\n")
-    bench_affinity_propagation()
-    bench_top_n()
+    main()

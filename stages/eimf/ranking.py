@@ -20,15 +20,15 @@ def interests_of(model, history, device="cpu", batch=4096):
 def rank(interests, item_vectors, n, exclude=None, n_threads=0):
     """Top-n item numbers by the maximum over interests (paper, 3.4), exact: ids, scores, winning interest, each (U, n).
 
-    item_vectors (N + 1, D) with the padding row, which is no candidate, or eimf_core.Items of the N others, which saves time
-    where users come one by one. `exclude` is (indptr, item numbers) per user. Ids are item numbers, -1 where fewer than n
-    candidates remain.
+    item_vectors (N + 1, D) with the padding row, which is no candidate; or, for many calls with few users,
+    eimf_core.Items(item_vectors[1:]). `exclude` is (indptr, item numbers) per user.
+    Ids are item numbers, -1 where fewer than n candidates remain.
     """
     lists = {}
     if exclude is not None:
         lists = {"exclude_indptr": exclude[0], "exclude_indices": exclude[1] - 1}
-    table = item_vectors if isinstance(item_vectors, eimf_core.Items) else item_vectors[1:]
-    ids, scores, interest = eimf_core.top_n(np.ascontiguousarray(interests), table, n, n_threads=n_threads, **lists)
+    items = item_vectors if isinstance(item_vectors, eimf_core.Items) else item_vectors[1:]
+    ids, scores, interest = eimf_core.top_n(np.ascontiguousarray(interests), items, n, n_threads=n_threads, **lists)
     return np.where(ids >= 0, ids + 1, -1), scores, interest
 
 
