@@ -59,7 +59,8 @@ def parse(argv):
     add("--diversity", type=float, default=0.0, help="0 to 1, ComiRec's lambda on scores scaled to 0..1; 0 ranks by score")
     add("--json", action="store_true", help="print one JSON object instead of a table")
     add("--retrieval", choices=["auto", "exact", "hnsw"], default="auto",
-        help="rank all items, or candidates of 07's index; auto takes the index if 07 found it twice as fast and 0.99 right")
+        help="rank all items, or candidates of 07's index; auto takes the index of a large catalogue if 07 found it twice as fast and "
+             "0.99 right")
     add("--host", default="127.0.0.1", help="address to listen on")
     add("--port", type=int, default=8000, help="port to listen on; 0 picks a free one")
     add("--workers", type=int, default=1, help="server processes that share the port")

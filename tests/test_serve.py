@@ -246,6 +246,22 @@ def test_an_index_that_does_not_fit_is_refused(copy):
     assert load_recommender(copy).index is None  # exact search does not need it
 
 
+def test_auto_takes_the_index_where_it_was_measured_to_be_better(copy, monkeypatch):
+    folder = f"07_evaluate/{RUN}"
+    metrics = load_json(copy / "tiny" / folder / "metrics.json")
+
+    def chosen(speed, recall):
+        ann = {"users_per_second_hnsw": speed, "users_per_second_exact": 100, "recall@50": recall}
+        replace(copy, folder, "metrics.json", json.dumps(metrics | {"ann": ann}).encode())
+        return load_recommender(copy, "auto").retrieval
+
+    assert chosen(1000, 1.0) == "exact"  # a small catalogue
+    monkeypatch.setattr("eimf.recommender.CROSSOVER_ITEMS", N_ITEMS - 1)
+    assert [chosen(*m) for m in ((200, .99), (199, .99), (200, .98))] == ["hnsw", "exact", "exact"]
+    replace(copy, folder, "metrics.json", json.dumps(metrics | {"ann": None}).encode())
+    assert load_recommender(copy, "auto").retrieval == "exact"
+
+
 def test_hnsw_falls_back_to_exact_search(data, monkeypatch):
     recommender = load_recommender(data, "hnsw")
     expected = load_recommender(data).recommend([Query(ids(5, 6), k=20)])[0].items
