@@ -143,7 +143,7 @@ def measure(args, run, folder):
                 before, started = cpu_seconds(pid), time.perf_counter()
                 rate = wrk(port, bodies[explain], args.seconds, CLIENTS, wait, ours)
                 rate["server_cores"] = round((cpu_seconds(pid) - before) / (time.perf_counter() - started), 2)
-                results[name] = {"rate": rate, "highest": wrk(port, bodies[explain], args.seconds, 64, cores=ours)}
+                results[name] = {"rate": rate, "highest": wrk(port, bodies[explain], args.seconds, 64, cores=ours), "resident_mib": resident(pid)}
                 print(name, json.dumps(results[name]), flush=True)
             if workers == 1 and args.minutes:
                 memory = []

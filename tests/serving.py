@@ -150,7 +150,7 @@ def running(data, *arguments, env=None, port=0):
         process.stdout.close()
 
 
-def ask(port, body=b'{"history": ["B0005", "B0040"], "k": 5}', path="/recommend", method="POST", timeout=30):
+def ask(port, body=b'{"history": ["B0005", "B0040"], "k": 5}', path="/recommend", method="POST", timeout=60):
     """One request on a connection of its own: (status, body)."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
     try:

@@ -10,6 +10,7 @@ from serving import N_ITEMS, TITLES, ask, ids, item_id, make_data, oracle, runni
 
 pytestmark = pytest.mark.browser
 playwright = pytest.importorskip("playwright.sync_api", reason="the browser tests need the Python package playwright")
+playwright.expect.set_options(timeout=60_000)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def open_page(browser):
     def call(port, hash="", width=1280, **options):
         contexts.append(browser.new_context(viewport={"width": width, "height": 900}, **options))
         page = contexts[-1].new_page()
-        page.set_default_timeout(10_000)
+        page.set_default_timeout(60_000)
         page.on("pageerror", lambda error: troubles.append(str(error)))
         page.on("dialog", lambda dialog: (troubles.append(f"dialog: {dialog.message}"), dialog.dismiss()))
         page.on("console", lambda message: troubles.append(message.text) if message.type == "error" and "Failed to load resource" not in message.text else None)
@@ -67,7 +68,7 @@ def names(numbers):
 
 def counted(page, selector, count):
     """Wait until there are so many. (The page forbids eval, so a condition cannot be sent to it as a string.)"""
-    playwright.expect(page.locator(selector)).to_have_count(count, timeout=10_000)
+    playwright.expect(page.locator(selector)).to_have_count(count, timeout=60_000)
 
 
 def history(page):
@@ -204,7 +205,7 @@ def test_a_server_that_goes_away_is_reported_and_found_again(data, open_page):
         assert "does not answer" in page.locator("#problem").text_content()
         assert history(page) == ["Thing number 40"] and page.locator(".items li").count() == len(before)  # nothing is lost
     with running(data, port=port):
-        page.wait_for_selector("#problem", state="hidden", timeout=15_000)
+        page.wait_for_selector("#problem", state="hidden", timeout=60_000)
         assert len(ready(page)) == 21
 
 

@@ -1,4 +1,5 @@
 """Stage 08: ranking against a brute-force oracle, reasons, diversity, fallbacks, and the command line."""
+import io
 import itertools
 import json
 import shutil
@@ -9,7 +10,7 @@ from serving import (CATEGORIES, N_ITEMS, RUN, ids, item_id, load_recommender, l
                      rewrite_manifest, run_stage, title)
 
 from eimf.artifacts import UserError, load_json, load_lines, save_json
-from eimf.recommender import Query, TitleIndex, choose_run, diversify
+from eimf.recommender import Query, Recommender, TitleIndex, choose_run, diversify
 
 
 @pytest.fixture(scope="module")
@@ -245,6 +246,22 @@ def test_an_index_that_does_not_fit_is_refused(copy):
     assert load_recommender(copy).index is None  # exact search does not need it
 
 
+def test_auto_takes_the_index_where_it_was_measured_to_be_better(copy, monkeypatch):
+    folder = f"07_evaluate/{RUN}"
+    metrics = load_json(copy / "tiny" / folder / "metrics.json")
+
+    def chosen(speed, recall):
+        ann = {"users_per_second_hnsw": speed, "users_per_second_exact": 100, "recall@50": recall}
+        replace(copy, folder, "metrics.json", json.dumps(metrics | {"ann": ann}).encode())
+        return load_recommender(copy, "auto").retrieval
+
+    assert chosen(1000, 1.0) == "exact"  # a small catalogue
+    monkeypatch.setattr("eimf.recommender.CROSSOVER_ITEMS", N_ITEMS - 1)
+    assert [chosen(*m) for m in ((200, .99), (199, .99), (200, .98))] == ["hnsw", "exact", "exact"]
+    replace(copy, folder, "metrics.json", json.dumps(metrics | {"ann": None}).encode())
+    assert load_recommender(copy, "auto").retrieval == "exact"
+
+
 def test_hnsw_falls_back_to_exact_search(data, monkeypatch):
     recommender = load_recommender(data, "hnsw")
     expected = load_recommender(data).recommend([Query(ids(5, 6), k=20)])[0].items
@@ -357,3 +374,36 @@ def test_exported_vectors_reproduce_the_ranking(data, tmp_path):
     events = np.load(data / "tiny" / "01_preprocess" / "sequence_items.npy")[36:48].tolist()
     best = (interests[mine] @ items.T).max(0)
     assert [item_rows[n]["id"] for n in np.argsort(-best, kind="stable")[:20]] == list(ids(*oracle(data, events, 20, set())[0]))
+
+
+@pytest.mark.slow
+def test_labels_of_the_sample_are_the_users_true_interests(sample):
+    """Labels of the interests that win items, against the leaf categories that the generator gave each test user (2 to 4 of 60)."""
+    root = sample[0] / "data"
+    truth = load_json(root / "raw" / "sample_truth.json")["users"]
+    leaf_named = {leaf.rsplit(" > ")[-1]: leaf for leaves in truth.values() for leaf in leaves}
+    recommender = Recommender(root, "sample", "remi-eimf-s0", threads=1)
+    users, start, middle, _ = recommender.interactions.evaluation_ranges("test")
+    user_id = {number: name for name, number in recommender.users.items()}
+    histories = [tuple(recommender.ids[n] for n in recommender.interactions.items[a:b]) for a, b in zip(start, middle)]
+    labels, truths = [], []
+    for user, answer in zip(users.tolist(), recommender.describe(recommender.recommend([Query(h) for h in histories]))):
+        for n in {item["interest"] for item in answer["items"]}:
+            labels.append(leaf_named.get(answer["interests"][n]["label"]["text"].split(":")[0]))  # the offline texts begin with it
+            truths.append(truth[user_id[user]])
+    others = np.random.default_rng(0).permutation(len(labels))
+    hit = np.mean([label in true for label, true in zip(labels, truths)])
+    chance = np.mean([labels[n] in true for n, true in zip(others, truths)])  # the same labels, shown to other users
+    assert len(labels) >= len(users) > 250 and None not in labels
+    assert hit > .6 and hit > 5 * chance, (hit, chance)  # .83 and .07 when this was written
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_json_lines_keep_their_order_over_many_chunks(recommender, threads):
+    script = load_stage("08_serve.py")
+    requests = [{"history": list(ids(n % N_ITEMS + 1, (7 * n) % N_ITEMS + 1)), "k": 2} for n in range(3 * script.CHUNK + 5)]
+    sink = io.StringIO()
+    assert script.answer_lines(recommender, iter(json.dumps(r).encode() for r in requests), sink, threads) == (len(requests), 0)
+    answers = [json.loads(line) for line in sink.getvalue().splitlines()]
+    expected = recommender.recommend([Query(tuple(r["history"]), k=2) for r in requests])
+    assert [a["items"] for a in answers] == [list(ids(*e.items)) for e in expected]

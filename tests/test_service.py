@@ -5,6 +5,7 @@ import http.client
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -292,6 +293,9 @@ def test_the_run_in_use_is_not_left_while_it_trains_again(data, tmp_path):
 
 # ---- a real server ----
 
+HALF_OPEN = 3000  # connections that never complete a request
+
+
 def test_no_request_fails_while_exports_are_swapped(data, tmp_path):
     copy = shutil.copytree(data, tmp_path / "data")
     second = shutil.copytree(data, tmp_path / "second")
@@ -321,7 +325,7 @@ def test_no_request_fails_while_exports_are_swapped(data, tmp_path):
             shutil.copyfile(new / "manifest.json", old / "manifest.tmp")
             (old / "manifest.tmp").rename(old / "manifest.json")
             wanted = load_json(new / "manifest.json")["outputs"]["model.pt2"]["sha256"]
-            for _ in range(300):
+            for _ in range(1200):
                 if json.loads(ask(port, None, "/version", "GET")[1])["model_sha256"] == wanted:
                     break
                 time.sleep(.1)
@@ -335,17 +339,17 @@ def test_no_request_fails_while_exports_are_swapped(data, tmp_path):
 def test_shutdown_finishes_what_is_in_flight(data):
     with running(data) as (process, port):
         with socket.create_connection(("127.0.0.1", port)) as begun, socket.create_connection(("127.0.0.1", port)) as idle:
+            begun.settimeout(60)
+            idle.settimeout(60)
             body = b'{"history": ["B0005"], "k": 5}'
-            begun.sendall(b"POST /recommend HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body))
-            time.sleep(.5)
+            begun.sendall(b"POST /recommend HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\nexpect: 100-continue\r\n"
+                          b"content-length: %d\r\n\r\n" % len(body))
+            assert begun.recv(65536).startswith(b"HTTP/1.1 100")  # the request is in flight: its handler waits for the body
             process.send_signal(signal.SIGTERM)
-            time.sleep(.5)
+            assert idle.recv(1) == b""  # the shutdown has begun
             begun.sendall(body)
-            begun.settimeout(20)
             reply = b"".join(iter(lambda: begun.recv(65536), b""))
             assert reply.startswith(b"HTTP/1.1 200") and b'"items"' in reply
-            idle.settimeout(20)
-            assert idle.recv(1) == b""
         assert process.wait(30) in (0, -signal.SIGTERM, 143)
         with pytest.raises(OSError):
             ask(port)
@@ -356,25 +360,32 @@ def test_shutdown_finishes_what_is_in_flight(data):
 
 
 def test_half_open_and_hostile_connections_do_not_stall_others(data):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < HALF_OPEN + 500:
+        pytest.skip(f"this system allows a process {hard} open files; the test needs {HALF_OPEN + 500}")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, HALF_OPEN + 500), hard))
     before = len(os.listdir("/proc/self/fd"))
     with running(data) as (process, port), contextlib.ExitStack() as stack:
-        half_open = []
-        for n in range(600):
-            connection = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+        for n in range(HALF_OPEN):
+            connection = stack.enter_context(socket.create_connection(("127.0.0.1", port), 60))
             connection.sendall((b"", b"POST /recommend HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n{", b"GET / HT")[n % 3])
-            half_open.append(connection)
-        started = time.monotonic()
-        assert ask(port, timeout=5)[0] == 200 and time.monotonic() - started < 3
+            if n % 500 == 0:
+                assert ask(port)[0] == 200
+        assert ask(port)[0] == 200
+        newest = connection
+        newest.setblocking(False)
+        with pytest.raises(BlockingIOError):  # answered beside the half-open ones, not after they were closed
+            newest.recv(1)
         for garbage in (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\x00" * 500, b"\x00" * 4096, b"GET /../../../../etc/passwd HTTP/1.1\r\nhost: x\r\n\r\n",
                         b"POST /recommend HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: -5\r\n\r\n{}",
                         b"POST /recommend HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\ncontent-type: application/json\r\n\r\nZZ\r\n",
                         b"GET / HTTP/1.1\r\n" + b"x: y\r\n" * 600_000):
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 20) as connection:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 60) as connection:
                 connection.sendall(garbage)
                 reply = connection.recv(65536)
                 assert not reply or re.match(rb"HTTP/1.1 4\d\d ", reply), (garbage[:40], reply[:80])
                 assert b"root:" not in reply
-        assert ask(port, timeout=5)[0] == 200
+        assert ask(port)[0] == 200
         assert process.poll() is None
     assert len(os.listdir("/proc/self/fd")) <= before + 5
 
@@ -385,7 +396,7 @@ def test_connections_that_complete_nothing_are_closed(data):
 import sys; sys.path.insert(0, {stages!r}); sys.argv = ["08_serve.py"]
 import runpy
 from eimf import server
-server.CONNECTION_SECONDS, server.MAX_CONNECTIONS = 2, 20
+server.CONNECTION_SECONDS, server.MAX_CONNECTIONS = 4, 20
 module = runpy.run_path({stages!r} + "/08_serve.py")
 module["main"](["--data-dir", {data!r}, "--dataset", "tiny", "--serve", "--port", "0"])
 """.format(stages=str(STAGES), data=str(data))
@@ -393,23 +404,24 @@ module["main"](["--data-dir", {data!r}, "--dataset", "tiny", "--serve", "--port"
     try:
         port = int(re.search(r":(\d+) with", next(line for line in process.stdout if "serving run" in line))[1])
         with contextlib.ExitStack() as stack:
-            slow = [stack.enter_context(socket.create_connection(("127.0.0.1", port), 10)) for _ in range(3)]
+            slow = [stack.enter_context(socket.create_connection(("127.0.0.1", port), 60)) for _ in range(3)]
             slow[0].sendall(b"POST /recommend HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 1000\r\n\r\n")
-            started = time.monotonic()
-            with contextlib.suppress(OSError):
-                while time.monotonic() - started < 10:  # a byte now and then does not keep a connection alive
+            with pytest.raises(OSError):
+                for _ in range(400):  # a byte now and then does not keep a connection alive
                     slow[0].sendall(b" ")
                     slow[1].sendall(b"G")
-                    time.sleep(.3)
-            assert time.monotonic() - started < 6
+                    time.sleep(.1)
             with contextlib.suppress(ConnectionResetError):
                 assert slow[2].recv(1) == b""
-            steady = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
-            for _ in range(6):  # a connection that completes responses lives longer than the limit
+            steady = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+            steady.connect()
+            steady.auto_open = False
+            started = time.monotonic()
+            while time.monotonic() - started < 5:  # a connection that completes responses lives longer than the limit
                 steady.request("GET", "/version")
                 assert steady.getresponse().read()
-                time.sleep(.5)
-            many = [stack.enter_context(socket.create_connection(("127.0.0.1", port), 10)) for _ in range(30)]
+                time.sleep(.2)
+            many = [stack.enter_context(socket.create_connection(("127.0.0.1", port), 60)) for _ in range(30)]
             assert ask(port)[0] == 200
             with contextlib.suppress(ConnectionResetError):
                 assert many[0].recv(1) == b""  # the one that waited longest had to go

@@ -25,6 +25,9 @@ from .ranking import interests_of, rank
 
 encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode  # json.dumps makes a new encoder in every call
 BECAUSE = 3  # history items named as the reason of an interest
+# Items from which `auto` may take the HNSW index. On one core, exact search of Beauty's 12,101 items takes 60 us a user in batches
+# and grows with the catalogue, a graph search for four interests 170 us and hardly grows: `csrc/bench/bench.py` measures where they meet.
+CROSSOVER_ITEMS = 50_000
 MODEL_BATCH = 256  # histories in one model call: with more, what it computes no longer stays in the processor's cache
 
 
@@ -68,8 +71,8 @@ class Answer:
 class Recommender:
     """One finished run, loaded and checked: the exported model, its item vectors, the item table, optionally the index.
 
-    `retrieval` is "exact", "hnsw", or "auto": the index if stage 07 measured it at least twice as fast as exact search
-    with a recall of 0.99. Raises UserError if a file is missing, differs from what its manifest records, or belongs to
+    `retrieval` is "exact", "hnsw", or "auto": exact below CROSSOVER_ITEMS; above, the index if stage 07 measured it at least
+    twice as fast as exact search on these items, with a recall of 0.99. Raises UserError if a file is missing, differs from what its manifest records, or belongs to
     other items or vectors than the rest.
     """
 
@@ -145,8 +148,10 @@ class Recommender:
         return unit(vectors) @ self.projection[:-1] + self.projection[-1]
 
     def _choose_retrieval(self, stage, retrieval):
-        if retrieval != "auto" or not (stage.root / "07_evaluate" / self.run / "manifest.json").is_file():
-            return "exact" if retrieval == "auto" else retrieval
+        if retrieval != "auto":
+            return retrieval
+        if len(self.ids) <= CROSSOVER_ITEMS or not (stage.root / "07_evaluate" / self.run / "manifest.json").is_file():
+            return "exact"
         measured = load_json(stage.input("07_evaluate", run=self.run) / "metrics.json").get("ann")
         better = measured and (measured["users_per_second_hnsw"] >= 2 * measured["users_per_second_exact"]
                                and measured["recall@50"] >= .99)
