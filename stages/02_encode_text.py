@@ -13,6 +13,7 @@ Writes 02_encode_text/  item_text.npy      float32 (items + 1, d_t), row = item 
 Also   <cache-dir>/<fingerprint>.sqlite, the vector cache that all data sets share
 
     python stages/02_encode_text.py --dataset sample
+    torchrun --standalone --nproc-per-node 2 stages/02_encode_text.py --dataset sample      # the processes share the titles
 
 prints the texts encoded and cached, items and training users with text, and the seconds.
 """
@@ -22,7 +23,7 @@ import scipy.sparse
 from eimf import artifacts
 from eimf.artifacts import Stage, UserError, save_array, save_json, save_lines
 from eimf.data import load_interactions, load_items, range_positions
-from eimf.encoder import TextEncoder, add_encoder_arguments, find_model, model_files
+from eimf.encoder import TextEncoder, add_encoder_arguments, find_model, model_files, pick_device
 from eimf.interests import clean_text
 
 FIELDS = ("title", "brand", "categories")
@@ -73,21 +74,27 @@ def main(argv=None):
     stage.inputs |= {f"encoder/{name}": digest for name, digest in model_files(model).items()}
     if stage.is_done():
         return
-    encoder = TextEncoder(args.encoder, args.pooling, args.device, args.cache_dir or args.data_dir / "text_cache",
+    from eimf import parallel  # imports torch, which takes seconds
+    device = parallel.start(args, pick_device(args.device))
+    encoder = TextEncoder(args.encoder, args.pooling, str(device), args.cache_dir or args.data_dir / "text_cache",
                           args.batch_size, args.max_tokens, args.normalize, args.threads, args.allow_download)
     interactions = load_interactions(source)
     items = load_items(source)
     if len(items) != interactions.n_items + 1:
         raise UserError(f"{source / 'items.jsonl'}: {len(items) - 1} lines, stats.json says {interactions.n_items} items. "
                         "Run stage 01_preprocess again")
-    folder = stage.begin()
+    if parallel.rank() == 0:
+        stage.begin()
 
     texts = item_texts(items, args.fields.split(","))
     has_text = np.array([bool(text) for text in texts])
     item_text = np.zeros((len(texts), encoder.dim), dtype=np.float32)
     item_text[has_text] = encoder.encode([text for text in texts if text], progress="titles")
+    if not parallel.stop():
+        return
     user_text, with_text, n_users = user_means(interactions, item_text, has_text)
 
+    folder = stage.folder
     save_array(folder / "item_text.npy", item_text)
     save_array(folder / "item_has_text.npy", has_text)
     save_array(folder / "user_text.npy", user_text)

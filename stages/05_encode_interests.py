@@ -10,6 +10,7 @@ Writes 05_encode_interests/  interest_vectors.npy  float32 (interests of all clu
                              interest_offsets.npy  int64 (clusters + 1)
 
     python stages/05_encode_interests.py --dataset sample
+    torchrun --standalone --nproc-per-node 2 stages/05_encode_interests.py --dataset sample      # the processes share the texts
 
 prints the clusters, interests, texts encoded and cached, and the seconds.
 """
@@ -17,7 +18,7 @@ import numpy as np
 
 from eimf import artifacts
 from eimf.artifacts import Stage, UserError, load_json, load_lines, save_array
-from eimf.encoder import TextEncoder, add_encoder_arguments
+from eimf.encoder import TextEncoder, add_encoder_arguments, pick_device
 
 
 def parse_arguments(argv):
@@ -28,9 +29,9 @@ def parse_arguments(argv):
     return parser.parse_args(argv)
 
 
-def load_encoder(args, recorded):
+def load_encoder(args, device, recorded):
     """Stage 02's encoder. Raises UserError if the files found now would give other vectors."""
-    encoder = TextEncoder(args.encoder or recorded["encoder"], recorded["pooling"], args.device,
+    encoder = TextEncoder(args.encoder or recorded["encoder"], recorded["pooling"], str(device),
                           args.cache_dir or args.data_dir / "text_cache", args.batch_size, recorded["max_tokens"],
                           recorded["normalize"], args.threads, args.allow_download)
     if encoder.fingerprint != recorded["fingerprint"]:
@@ -63,12 +64,17 @@ def main(argv=None):
     stage.inputs = {key: value for key, value in stage.inputs.items() if key.endswith(("encoder.json", "interests.jsonl"))}
     if stage.is_done():
         return
-    encoder = load_encoder(args, load_json(text / "encoder.json"))
+    from eimf import parallel  # imports torch, which takes seconds
+    device = parallel.start(args, pick_device(args.device))
+    encoder = load_encoder(args, device, load_json(text / "encoder.json"))
     texts, offsets = interest_texts(load_lines(source / "interests.jsonl"), source / "interests.jsonl")
-    folder = stage.begin()
+    if parallel.rank() == 0:
+        stage.begin()
     vectors = encoder.encode(texts, progress="interests")
-    save_array(folder / "interest_vectors.npy", vectors)
-    save_array(folder / "interest_offsets.npy", offsets)
+    if not parallel.stop():
+        return
+    save_array(stage.folder / "interest_vectors.npy", vectors)
+    save_array(stage.folder / "interest_offsets.npy", offsets)
 
     lengths = np.diff(offsets)
     empty = int((lengths == 0).sum())

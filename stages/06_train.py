@@ -18,7 +18,9 @@ Writes  06_train/<run>/
         checkpoint/       last.safetensors, from which a killed run goes on with the same result
 
     python stages/06_train.py --dataset sample --backbone remi --eimf
+    torchrun --standalone --nproc-per-node 2 stages/06_train.py --dataset sample --backbone remi --eimf
 
+Several processes share each batch and learn what one would, but for rounding and for the random masks of dropout and of the cloze.
 A run is named <backbone>[-eimf][-<control>]-s<seed>. On the sample it prints the best iteration and its validation
 Recall@50. Shapes: B batch, L history length, K interests, M explicit interests, D dimension, N items, d_t text dimension.
 """
@@ -33,10 +35,11 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from eimf import backbones, losses
+from eimf import backbones, losses, parallel
 from eimf.artifacts import Stage, UserError, argument_parser, run, save_array, save_json, save_lines
 from eimf.checkpoint import load_checkpoint, save_checkpoint
 from eimf.data import load_interactions, load_items, padded
+from eimf.encoder import pick_device
 from eimf.export import save_export
 from eimf.metrics import hit_matrix, per_user
 from eimf.model import BehaviouralModel, Popularity
@@ -64,7 +67,7 @@ def parse(argv):
     add("--dim", type=int, default=64, help="D, size of item and interest vectors (paper: 64)")
     add("--interests", type=int, default=4, help="K, interests per user (paper: 4); single-interest models have 1 whatever is given")
     add("--max-len", type=int, default=20, help="n, newest events of a history that are read (paper: 20)")
-    add("--batch-size", type=int, default=128, help="training users per step (paper: 128)")
+    add("--batch-size", type=int, default=128, help="training users per step, of all processes together (paper: 128)")
     add("--learning-rate", type=float, default=1e-3, help="Adam's step size (paper: 0.001); comirec-dr: 0.005")
     add("--dropout", type=float, default=0.0, help="of the history's vectors, and within Transformers; gru4rec and Transformers: 0.2")
     add("--loss", choices=["softmax", "sampled", "hard-negatives", "gbce"], default="softmax", help="Eq. 14 over all items; over sampled "
@@ -148,12 +151,15 @@ class Batches:
         if not len(self.users):
             raise UserError("no training user has two events or more; lower --min-interactions in stage 01 or give more data")
         self.low = np.minimum(4, self.length - 1)
+        self.size = min(args.batch_size, len(self.users))
+        if self.size % parallel.world():
+            raise UserError(f"a batch of {self.size} users cannot be shared evenly by {parallel.world()} processes; give a --batch-size "
+                            f"that is a multiple of {parallel.world()}, at most {len(self.users)} (the training users)")
 
     def __getitem__(self, t):
         rng = np.random.default_rng([self.args.seed, t])
-        size = min(self.args.batch_size, len(self.users))
-        row = rng.choice(len(self.users), size, replace=False)
-        k = self.low[row] + (rng.random(size) * (self.length - self.low)[row]).astype(np.int64)
+        row = rng.choice(len(self.users), self.size, replace=False)
+        k = self.low[row] + (rng.random(self.size) * (self.length - self.low)[row]).astype(np.int64)
         at = self.start[row] + k
         history = padded(self.items, self.start[row], at, self.args.max_len)  # (B, L)
         return history, self.items[at].astype(np.int64), self.users[row]
@@ -180,11 +186,14 @@ def train(stage, args, interactions, model, teacher, cluster_of_user, device, pr
         else:
             stage.log.info("the checkpoint is of other settings or inputs; starting anew")
     sums, started = {}, time.perf_counter() - state["seconds"]
-    progress = tqdm(total=args.max_iterations, initial=state["iteration"], desc=args.run, unit="step", mininterval=1, disable=None)
+    progress = tqdm(total=args.max_iterations, initial=state["iteration"], desc=args.run, unit="step", mininterval=1,
+                    disable=None if parallel.rank() == 0 else True)
     while state["iteration"] < args.max_iterations and not _stopped(state, args):
         t = state["iteration"] = state["iteration"] + 1
-        torch.manual_seed(args.seed * 1_000_003 + t)  # dropout and negatives depend on (seed, t) alone
-        history, target, users = batches[t]
+        step_seed = args.seed * 1_000_003 + t  # negatives depend on (seed, t) alone, dropout on the rank too; a CPU uses 32 bits
+        torch.manual_seed(step_seed + (parallel.rank() << 24))
+        recommendation.generator.manual_seed(step_seed + (1 << 31))
+        history, target, users = map(parallel.share, batches[t])
         history, target = torch.from_numpy(history).to(device), torch.from_numpy(target).to(device)
         model.train()
         read, scored = model.tables()  # (N + 1, D) each
@@ -203,6 +212,7 @@ def train(stage, args, interactions, model, teacher, cluster_of_user, device, pr
         loss = sum(terms.values())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        parallel.sum_gradients(parameters.values())
         if args.schedule == "cosine":
             optimizer.param_groups[0]["lr"] = args.learning_rate * (1 + math.cos(math.pi * (t - 1) / args.max_iterations)) / 2
         optimizer.step()
@@ -213,7 +223,8 @@ def train(stage, args, interactions, model, teacher, cluster_of_user, device, pr
             sums[name] = sums.get(name, 0) + term.detach()
         progress.update()
         if t % args.validate_every == 0 or t == args.max_iterations:
-            means = {name: float(total) / ((t - 1) % args.validate_every + 1) for name, total in sums.items()}
+            means = parallel.total(torch.stack(list(sums.values()))) / ((t - 1) % args.validate_every + 1)
+            means = dict(zip(sums, means.tolist()))
             if not math.isfinite(sum(means.values())):
                 raise UserError(f"the loss became {sum(means.values())} before iteration {t} (terms {means}). "
                                 "Lower --learning-rate, or look for extreme values in the text vectors.")
@@ -228,12 +239,12 @@ def train(stage, args, interactions, model, teacher, cluster_of_user, device, pr
                      "valid": {k: round(v, 6) for k, v in metrics.items()}, "seconds": state["seconds"],
                      "validation_seconds": round(now - before, 2)}
             state["log"].append(entry)
-            save_checkpoint(path, identity, state, groups, optimizer)
+            if parallel.rank() == 0:
+                save_checkpoint(path, identity, state, groups, optimizer)
             sums = {}
             progress.set_postfix_str(" ".join(f"{k[:9]} {v:.3f}" for k, v in means.items())
                                      + f" R@50 {metrics['recall@50']:.4f} best {state['best']['recall@50']:.4f}")
     progress.close()
-    save_lines(stage.folder / "log.jsonl", state["log"])
     return best, state
 
 
@@ -246,12 +257,14 @@ def validate(model, interactions, args, device):
     model.eval()
     with torch.no_grad():
         read, scored = model.tables()
-    users, start, middle, end = interactions.evaluation_ranges("valid")
+    users, start, middle, end = map(parallel.share, interactions.evaluation_ranges("valid"))
     history = padded(interactions.items, start, middle, args.max_len)
     interests, _ = interests_of(lambda batch: model(batch, read), history, device)
     ranked, _, _ = rank(interests, scored.detach().cpu().numpy(), 50, n_threads=args.threads)
     hits, n_targets = hit_matrix(ranked, *targets_of(interactions.items, middle, end))
-    return {name: float(values.mean()) for name, values in per_user(hits, n_targets, (20, 50)).items()}
+    metrics = per_user(hits, n_targets, (20, 50))
+    *sums, count = parallel.total(torch.tensor([*(values.sum() for values in metrics.values()), len(users)], dtype=torch.float64)).tolist()
+    return {name: value / count for name, value in zip(metrics, sums)}
 
 
 def map_projection(vectors):
@@ -269,17 +282,6 @@ def map_projection(vectors):
     return np.concatenate([axes, -mean[None] @ axes]).astype(np.float32)
 
 
-def pick_device(name):
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {name}: torch {torch.__version__} finds no CUDA device; use --device cpu")
-    try:
-        return torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name}: expected auto, cpu, cuda or cuda:N") from None
-
-
 def pick_precision(name, device):
     if name == "auto":
         native = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu.get_capabilities().get("avx512_bf16", False)
@@ -289,6 +291,7 @@ def pick_precision(name, device):
 
 def main(argv=None):
     args = parse(argv)
+    device = parallel.start(args, pick_device(args.device))
     stage = Stage("06_train", args, run=args.run)
     source = stage.input("01_preprocess")
     interactions, items = load_interactions(source), load_items(source)
@@ -298,27 +301,27 @@ def main(argv=None):
     item_text = load_item_text(stage, args, interactions.n_items)[0] if args.item_text != "none" else None
     if stage.is_done():
         return
-    stage.begin()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    if parallel.rank() == 0:
+        stage.begin()
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that took a fifth of each step
-    device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
     torch.manual_seed(args.seed)
     if args.backbone == "pop":
-        model, state = Popularity(interactions.training_counts()), {"best_iteration": 0, "iteration": 0}
+        model, state = Popularity(interactions.training_counts()), {"best_iteration": 0, "iteration": 0, "log": []}
         state["best"] = validate(model, interactions, args, torch.device("cpu"))
-        save_lines(stage.folder / "log.jsonl", [])
     else:
         model = BehaviouralModel(interactions.n_items, args, item_text, precision).to(device)
         teacher = Teacher(text, args, precision).to(device) if args.eimf else None
         best, state = train(stage, args, interactions, model, teacher, cluster_of_user, device, precision)
         model.load_state_dict(best)
+    if not parallel.stop():
+        return
     model = model.cpu().folded()
     item_vectors = model.tables()[1].detach().numpy()
     save_export(model, args.max_len, stage.folder / "model.pt2")
     save_array(stage.folder / "item_vectors.npy", item_vectors)
+    save_lines(stage.folder / "log.jsonl", state["log"])
     save_lines(stage.folder / "item_ids.txt", ["", *(item["id"] for item in items[1:])])
     save_array(stage.folder / "map_projection.npy", map_projection(item_vectors))
     summary = {"best_iteration": state["best_iteration"], "iterations": state["iteration"], "valid": state["best"]}

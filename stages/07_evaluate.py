@@ -13,6 +13,7 @@ Writes  07_evaluate/<run>/
 
     python stages/07_evaluate.py --dataset sample                  # every finished run
     python stages/07_evaluate.py --dataset sample --run remi-s0    # one run
+    torchrun --standalone --nproc-per-node 2 -- stages/07_evaluate.py --dataset sample    # the processes share the users
 
 Prints the summary table. Only the exported archive is used, never the model's class, so what is measured is what is
 served. Shapes: U users, K interests, L history length, D dimension.
@@ -24,7 +25,7 @@ import hnswlib
 import numpy as np
 import torch
 
-from eimf import report
+from eimf import parallel, report
 from eimf.artifacts import (Stage, UserError, argument_parser, atomic, load_array, load_json, load_lines, run, save_array,
                             save_json, sha256)
 from eimf.data import load_interactions, padded, range_positions
@@ -54,6 +55,7 @@ def evaluate(interactions, part, model, item_vectors, args, max_len):
     users, start, middle, end = interactions.evaluation_ranges(part)
     if not len(users):
         raise UserError(f"there are no {part} users; stage 01 needs at least 10 users to split 8:1:1")
+    start, middle, end = map(parallel.share, (start, middle, end))
     interests, routing = interests_of(model, padded(interactions.items, start, middle, max_len))
     seen = None
     if args.remove_seen:
@@ -63,7 +65,8 @@ def evaluate(interactions, part, model, item_vectors, args, max_len):
     hits, n_targets = hit_matrix(ranked, *targets)
     columns = per_user(hits, n_targets, CUTOFFS)
     columns |= {f"ndcg_published@{k}": ndcg_published(ranked, *targets, k) for k in (20, 50)}
-    return users, list(columns), np.stack(list(columns.values()), 1), ranked, winner, interests, routing
+    by_user = np.stack(list(columns.values()), 1), ranked, winner, interests, routing
+    return users, list(columns), *(parallel.gather(torch.from_numpy(rows), len(users)).numpy() for rows in by_user)
 
 
 def build_index(folder, item_vectors, args):
@@ -135,7 +138,7 @@ def evaluate_run(name, args, interactions, stats):
     source = stage.input("06_train", run=name)
     if stage.is_done():
         return
-    folder = stage.begin()
+    folder = stage.begin() if parallel.rank() == 0 else None
     config, log = load_json(source / "config.json"), load_lines(source / "log.jsonl")
     item_vectors = load_array(source / "item_vectors.npy")
     if item_vectors.shape[0] != interactions.n_items + 1:
@@ -147,6 +150,8 @@ def evaluate_run(name, args, interactions, stats):
         users, names, values, ranked, winner, interests, routing = evaluate(
             interactions, part, model, item_vectors, args, config["max_len"])
         result[part] = {"users": len(users)} | {n: round(float(v), 6) for n, v in zip(names, values.mean(0))}
+    if parallel.rank() > 0:
+        return
     save_array(folder / "test_users.npy", users)
     save_array(folder / "test_values.npy", values.astype(np.float32))
     save_array(folder / "test_ranked.npy", ranked.astype(np.int32))
@@ -266,8 +271,7 @@ def _recall_by_user(runs):
 
 def main(argv=None):
     args = parse(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    parallel.start(args)
     source = Stage("07_evaluate", args).input("01_preprocess")
     trained = args.data_dir / args.dataset / "06_train"
     names = args.run or sorted(p.parent.name for p in trained.glob("*/manifest.json"))
@@ -277,6 +281,8 @@ def main(argv=None):
     interactions, stats = load_interactions(source), load_json(source / "stats.json")
     for name in names:
         evaluate_run(name, args, interactions, stats)
+    if not parallel.stop():
+        return
     root = args.data_dir / args.dataset / "07_evaluate"
     print(summarise(root, stats))
     print(f"\nreports: {root}/<run>/report.html, summary: {root / 'summary.md'}")

@@ -124,7 +124,7 @@ COUNTS = np.array([0, 900, 300, 100, 50, 50, 20, 10, 5, 0, 0, 0])  # of 11 items
 @pytest.mark.parametrize("sampling", ["uniform", "popularity"])
 def test_negatives_are_drawn_as_often_as_the_correction_says(sampling):
     loss = losses.RecommendationLoss(flags(sampling=sampling, negatives=200_000), COUNTS, "cpu")
-    torch.manual_seed(0)
+    loss.generator.manual_seed(0)
     found = np.bincount(loss.draw().numpy(), minlength=12)
     expected = loss.log_expected.exp().numpy()
     assert found[0] == 0 and found[1:].min() > 0
@@ -142,7 +142,7 @@ def test_the_corrected_sampled_softmax_has_the_full_softmaxs_gradient(rng, sampl
     query.data += table.data[target]  # so that the targets' probabilities are far from 0, as in training
     full = torch.autograd.grad(losses.softmax_loss(query, table, target, torch.tensor([0])), (query, table))
     loss = losses.RecommendationLoss(flags(sampling=sampling, negatives=2000), COUNTS, "cpu")
-    torch.manual_seed(0)
+    loss.generator.manual_seed(0)
     draws = [loss.draw() for _ in range(40)]
 
     def distance(log_expected):

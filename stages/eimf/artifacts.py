@@ -44,10 +44,10 @@ def run(main):
     try:
         code = main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _report(f"error: {error}")
         code = 1
     except KeyboardInterrupt:
-        print("interrupted; what was finished is kept, the same command goes on from there", file=sys.stderr)
+        _report("interrupted; what was finished is kept, the same command goes on from there")
         code = 130
     except BrokenPipeError:  # the reader of our output went away, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -55,9 +55,18 @@ def run(main):
     except OSError as error:
         if error.errno not in USER_ERRNOS:
             raise
-        print(f"error: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr)
+        _report(f"error: {error.filename or 'writing'}: {error.strerror}")
         code = 1
     sys.exit(code)
+
+
+def _report(line):
+    """Print a line on stderr; of several processes that torchrun started, only the first that has something to report."""
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        from .parallel import reports
+        if not reports():
+            return
+    print(line, file=sys.stderr, flush=True)
 
 
 def argument_parser(doc, **kwargs):
@@ -206,7 +215,8 @@ class Stage:
         if not getattr(self.args, "skip_done", False):
             return False
         reason = self._stale()
-        print(f"{self._label()}: " + (f"running, {reason}" if reason else "skipped, arguments and inputs are unchanged"))
+        if os.environ.get("RANK", "0") == "0":  # of several processes that torchrun started, one says so
+            print(f"{self._label()}: " + (f"running, {reason}" if reason else "skipped, arguments and inputs are unchanged"))
         return reason is None
 
     def _label(self):
@@ -309,10 +319,10 @@ def machine():
 
 
 def _load_manifest(folder):
-    """A folder's manifest, None if it is not one."""
+    """A folder's manifest, None if it is not one, or no longer there: another rank may just begin."""
     try:
         manifest = load_json(folder / "manifest.json")
-    except ValueError:
+    except (ValueError, FileNotFoundError):
         return None
     whole = isinstance(manifest, dict) and all(isinstance(manifest.get(k), dict) for k in ("arguments", "inputs", "outputs"))
     return manifest if whole else None

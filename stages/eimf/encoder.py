@@ -7,7 +7,7 @@ Both stages must give the same text the same vector (Eq. 1 and Eq. 4 share one s
   BERT as it comes; `--no-normalize` gives that.
 - A vector depends on the text alone. Padding is masked, so what shares a batch changes a vector by rounding noise only:
   below 1e-5 in absolute value for normalised vectors (tested). A killed run forms the same batches when it goes on, so its
-  result is the same bit for bit.
+  result is the same bit for bit; of several processes, which take turns with the batches, the same but for that noise.
 - The cache is `<folder>/<fingerprint>.sqlite`: key SHA-256 of the text's UTF-8 bytes, value the vector as float32 bytes.
   The fingerprint covers weights, tokenizer, pooling, truncation and normalisation. One transaction for each batch makes it safe
   for several processes and for a kill at any moment.
@@ -93,15 +93,17 @@ def model_files(folder):
 
 
 def pick_device(name):
-    """torch.device of `auto`, `cpu`, `cuda` or `cuda:N`; auto is CUDA when there is one."""
+    """torch.device of `auto`, `cpu`, `cuda` or `cuda:N`; auto is CUDA when there is one. Raises UserError if it cannot be used."""
     import torch
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {name}: torch {torch.__version__} finds no CUDA device; use --device cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}. Use --device cpu or auto") from None
+        raise UserError(f"--device {name}: expected auto, cpu, cuda or cuda:N ({str(error).splitlines()[0]})") from None
     return device
 
 
@@ -166,29 +168,41 @@ class TextEncoder:
     def encode(self, texts, progress=None):
         """Vectors of `texts` (non-empty strings): float32 (texts, dim). `progress` names a tqdm bar, None shows none.
 
-        Equal texts are encoded once, texts in the cache not at all. Raises ValueError for an empty text: mask it instead.
+        Equal texts are encoded once, texts in the cache not at all. Ranks take turns with the batches and all get all vectors; the
+        cache's are rank 0's. Raises ValueError for an empty text: mask it instead.
         """
+        import torch
+
+        from . import parallel
         if any(not text.strip() for text in texts):
             raise ValueError("an empty text has no vector; leave it out and mask its row")
         keys = [hashlib.sha256(text.encode()).digest() for text in texts]
         unique = dict(zip(keys, texts))
         row = {key: i for i, key in enumerate(unique)}
         vectors = np.zeros((len(unique), self.dim), dtype=np.float32)
-        found = self.cache.read(unique)
+        found = self.cache.read(unique) if parallel.rank() == 0 else {}
         for key, vector in found.items():
             vectors[row[key]] = vector
         # By length, longest first: little padding, and memory runs out at once or never. Batches are consecutive in
         # this order, so what a killed run left over is cut into the same batches by the next run.
-        missing = sorted((key for key in unique if key not in found), key=lambda k: (-len(unique[k]), k))
-        self.counts = {"texts": len(texts), "unique": len(unique), "cached": len(found), "encoded": len(missing), "truncated": 0}
+        order = sorted(unique, key=lambda k: (-len(unique[k]), k))
+        wanted = parallel.total(torch.tensor([parallel.rank() == 0 and key not in found for key in order], dtype=torch.uint8)).tolist()
+        missing = [key for key, flag in zip(order, wanted) if flag]
+        batches = [missing[start:start + self.batch_size] for start in range(0, len(missing), self.batch_size)]
+        batches = batches[parallel.rank()::parallel.world()]
+        self.counts = {"texts": len(texts), "unique": len(unique), "cached": len(unique) - len(missing), "encoded": len(missing),
+                       "truncated": 0}
         from tqdm import tqdm
-        with tqdm(total=len(missing), desc=progress, unit="text", disable=progress is None or not missing) as bar:
-            for start in range(0, len(missing), self.batch_size):
-                batch = missing[start:start + self.batch_size]
+        with tqdm(total=sum(map(len, batches)), desc=progress, unit="text",
+                  disable=progress is None or not missing or parallel.rank() > 0) as bar:
+            for batch in batches:
                 fresh = self._forward([unique[key] for key in batch])
                 for key, vector in self.cache.write(dict(zip(batch, fresh))).items():
                     vectors[row[key]] = vector
                 bar.update(len(batch))
+        if missing:  # each rank has its own rows, rank 0 the cached ones too, the others are zero
+            vectors = parallel.total(torch.from_numpy(vectors)).numpy()
+            self.counts["truncated"] = int(parallel.total(torch.tensor(self.counts["truncated"])))
         return vectors[[row[key] for key in keys]] if keys else vectors
 
     def _forward(self, texts):

@@ -1,11 +1,15 @@
 """Loss terms of EIMF (paper, Eq. 7-15) and the recommendation losses it can be combined with.
 
-Shapes: B batch, D dimension, N items, M explicit interests, S sampled negatives. Row 0 of every item table is padding.
+Where several ranks share a batch, each term is this rank's part of the mean over the whole batch: the parts add up to it.
+
+Shapes: B batch (of one rank), W batch of all ranks, D dimension, N items, M explicit interests, S sampled negatives. Row 0 of every item table is padding.
 """
 import math
 
 import torch
 import torch.nn.functional as F
+
+from . import parallel
 
 LOG2_E = math.log2(math.e)
 
@@ -51,7 +55,7 @@ def softmax_loss(query, table, target, excluded, keep=None, precision=None):
     The paper's Eq. 9 and 14 lack the minus sign. Returns a scalar, 0 if no row counts.
     """
     weight = torch.ones_like(target, dtype=query.dtype) if keep is None else keep.to(query.dtype)
-    return _LinearCrossEntropy.apply(query, table, target, weight / weight.sum().clamp(min=1), excluded, precision or query.dtype)
+    return _LinearCrossEntropy.apply(query, table, target, weight / parallel.total(weight.sum()).clamp(min=1), excluded, precision or query.dtype)
 
 
 def sampled_scores(query, table, target, negatives):
@@ -72,7 +76,7 @@ def sampled_softmax_loss(query, table, target, negatives, log_expected):
     """
     positive, scores = sampled_scores(query, table, target, negatives)
     scores = torch.cat([positive[:, None], scores - log_expected[negatives]], 1)  # (B, 1 + S)
-    return (torch.logsumexp(scores, 1) - positive).mean()
+    return mean_over(torch.logsumexp(scores, 1) - positive)
 
 
 def hard_negative_loss(query, table, target, negatives, hardness):
@@ -84,7 +88,7 @@ def hard_negative_loss(query, table, target, negatives, hardness):
     is_target = negatives == target[:, None]
     importance = torch.log_softmax((hardness * scores).masked_fill(is_target, -1e9), 1)
     scores = scores + importance + (~is_target).sum(1, keepdim=True).clamp(min=1).log()
-    return (torch.logsumexp(torch.cat([positive[:, None], scores], 1), 1) - positive).mean()
+    return mean_over(torch.logsumexp(torch.cat([positive[:, None], scores], 1), 1) - positive)
 
 
 def gbce_loss(query, table, target, negatives, calibration):
@@ -97,7 +101,7 @@ def gbce_loss(query, table, target, negatives, calibration):
     positive, scores = sampled_scores(query, table, target, negatives)
     alpha = min(1.0, len(negatives) / (len(table) - 2))
     beta = alpha * (calibration * (1 - 1 / alpha) + 1 / alpha)
-    return (F.softplus(scores).sum(1) - beta * F.logsigmoid(positive)).mean()
+    return mean_over(F.softplus(scores).sum(1) - beta * F.logsigmoid(positive))
 
 
 class RecommendationLoss:
@@ -108,6 +112,7 @@ class RecommendationLoss:
 
     def __init__(self, args, counts, device, precision=None):
         self.args, self.precision = args, precision
+        self.generator = torch.Generator(device)  # of the negatives alone: all ranks draw the same, whatever else they draw
         self.padding = torch.zeros(1, dtype=torch.int64, device=device)
         weight = torch.as_tensor(counts, dtype=torch.float64) + 1 if args.sampling == "popularity" else torch.ones(len(counts), dtype=torch.float64)
         weight[0] = 0
@@ -117,7 +122,7 @@ class RecommendationLoss:
 
     def draw(self):
         """Negatives (S,) int64, with replacement; row i is drawn with probability cumulative[i] - cumulative[i - 1]."""
-        u = torch.rand(self.args.negatives, dtype=torch.float64, device=self.cumulative.device)
+        u = torch.rand(self.args.negatives, dtype=torch.float64, device=self.cumulative.device, generator=self.generator)
         return torch.searchsorted(self.cumulative, u, right=True)
 
     def __call__(self, query, table, target):
@@ -132,15 +137,17 @@ class RecommendationLoss:
 
 
 def info_nce(a, b, not_negative, temperature, keep):
-    """InfoNCE on cosine similarity (Eq. 10-11): row i of `a` (B, D) should find row i of `b` among the batch.
+    """InfoNCE on cosine similarity (Eq. 10-11): row i of `a` (B, D) should find row i of `b` (B, D) among all ranks' rows of `b`.
 
-    not_negative (B, B) bool: pairs that are no negatives of each other, left out of the denominator (the diagonal is
+    not_negative (B, W) bool: pairs that are no negatives of each other, left out of the denominator (a row's own pair is
     always in). keep (B,) bool: rows that count, as anchors and as negatives.
     """
-    similarity = F.normalize(a, dim=1) @ F.normalize(b, dim=1).T / temperature  # (B, B)
-    own = torch.eye(len(a), dtype=torch.bool, device=a.device)
-    similarity = similarity.masked_fill((not_negative | ~keep) & ~own, -torch.inf)
-    return mean_over(torch.logsumexp(similarity, 1) - similarity.diagonal(), keep)
+    similarity = F.normalize(a, dim=1) @ parallel.gather(F.normalize(b, dim=1)).T / temperature  # (B, W)
+    first = len(a) * parallel.rank()  # the column of row 0's own pair
+    own = torch.zeros_like(not_negative)
+    own.diagonal(first).fill_(True)
+    similarity = similarity.masked_fill((not_negative | ~parallel.gather(keep)) & ~own, -torch.inf)
+    return mean_over(torch.logsumexp(similarity, 1) - similarity.diagonal(first), keep)
 
 
 def cosine_distance(a, b, keep):
@@ -148,9 +155,10 @@ def cosine_distance(a, b, keep):
     return mean_over(1 - F.cosine_similarity(a, b, dim=1), keep)
 
 
-def mean_over(values, keep):
-    """Mean of values (B,) where keep (B,) is true; 0 if nowhere."""
-    return torch.where(keep, values, 0).sum() / keep.sum().clamp(min=1)
+def mean_over(values, keep=None):
+    """Mean of values (B,) where keep (B,) is true, everywhere by default; 0 if nowhere."""
+    keep = torch.ones_like(values, dtype=torch.bool) if keep is None else keep
+    return torch.where(keep, values, 0).sum() / parallel.total(keep.sum()).clamp(min=1)
 
 
 def read_out(interests, target, mask=None, soft=False):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import losses
+from . import losses, parallel
 from .artifacts import UserError, load_array, load_json, load_lines, save_array, save_json, save_lines
 
 
@@ -62,8 +62,8 @@ class Teacher(nn.Module):
         if not args.no_semantic_prediction:
             terms["semantic"] = losses.softmax_loss(taught, titles, target, self.no_title, keep, self.precision)  # Eq. 9
         # A pair with the same target, or taught by the same typical user, is no negative of each other.
-        same_target = target[:, None] == target
-        same_teacher = cluster[:, None] == cluster
+        same_target = target[:, None] == parallel.gather(target)  # (B, W), W rows of all ranks
+        same_teacher = cluster[:, None] == parallel.gather(cluster)
         if not (args.no_alignment or args.no_align_user):
             terms["align_user"] = (  # Eq. 10 and 12, explicit against implicit read-out
                 args.alpha * losses.info_nce(taught, implicit, same_target | same_teacher, args.temperature, keep)

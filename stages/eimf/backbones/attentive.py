@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .. import parallel
 from .base import Backbone
 
 
@@ -84,7 +85,7 @@ class SINE(Backbone):
         """Half the squared covariances of different prototypes, which keeps them apart."""
         centred = self.prototypes - self.prototypes.mean(1, keepdim=True)
         covariance = centred @ centred.T / self.prototypes.shape[1]  # (pool, pool)
-        return self.strength * 0.5 * (covariance.square().sum() - covariance.diagonal().square().sum())
+        return self.strength * 0.5 * (covariance.square().sum() - covariance.diagonal().square().sum()) / parallel.world()
 
 
 class Scores(nn.Module):

@@ -29,7 +29,11 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def regulariser(self, routing):
-        """Scalar that is added to the loss as it is. routing (B, K, L) is what `forward` returned."""
+        """Scalar that is added to the loss as it is. routing (B, K, L) is what `forward` returned.
+
+        Ranks that share a batch add up their values. So it must be a sum over the rows of the batch, not a mean; a term of the
+        weights alone is to be divided by `eimf.parallel.world()`.
+        """
         return routing.new_zeros(())
 
     def examples(self, implicit, target, history, items):
