@@ -10,6 +10,7 @@ download=            # fetch the public Amazon 2014 files of --dataset first (a 
 stage=1              # first stage to run, by number or name
 stop_stage=8         # last stage to run
 backbone=remi        # behavioural model; trained alone and with EIMF, beside popularity
+recipe=paper         # training settings: the paper's, or best, which won on validation
 seeds=1              # trainings of each model, seeds 0 .. N-1
 controls=            # also train EIMF with random text and with shuffled clusters (a switch)
 jobs=1               # trainings at a time, each on its share of the cores
@@ -35,7 +36,7 @@ while [ $# -gt 0 ]; do
     --download) download=--download; shift ;;
     --controls) controls=yes; shift ;;
     --reproduce) reproduce=yes; shift; break ;;
-    --dataset|--raw-dir|--split|--stage|--stop-stage|--backbone|--seeds|--jobs|--encoder|--llm|--llm-args|--train-args|--setup-only)
+    --dataset|--raw-dir|--split|--stage|--stop-stage|--backbone|--recipe|--seeds|--jobs|--encoder|--llm|--llm-args|--train-args|--setup-only)
       [ $# -ge 2 ] || misuse "$1 needs a value"
       name=${1#--}; printf -v "${name//-/_}" %s "$2"; shift 2 ;;
     *) misuse "unknown option $1" ;;
@@ -89,14 +90,15 @@ run 05_encode_interests --skip-done
 if within 6; then
   { echo --backbone pop
     for ((seed = 0; seed < seeds; seed++)); do  # unquoted: a blank at a line's end would join it to the next
-      echo --backbone "$backbone" --seed $seed $train_args
+      echo --backbone "$backbone" --recipe "$recipe" --seed $seed $train_args
       for control in "" ${controls:+"--control random-text" "--control shuffled-clusters"}; do
-        echo --backbone "$backbone" --seed $seed --eimf $control $train_args
+        echo --backbone "$backbone" --recipe "$recipe" --seed $seed --eimf $control $train_args
       done
     done
   } | xargs -t -L 1 -P "$jobs" "$python" stages/06_train.py --dataset "$folder" --skip-done \
         --threads $(( ($(getconf _NPROCESSORS_ONLN) + jobs - 1) / jobs ))
 fi
 run 07_evaluate --skip-done
-run 08_serve --run "$backbone-eimf-s0" --example
+model=${backbone##*:}; [ "$recipe" = paper ] || model+=-$recipe  # as 06 names its runs
+run 08_serve --run "$model-eimf-s0" --example
 echo "finished in $((SECONDS / 60)) min $((SECONDS % 60)) s"

@@ -21,7 +21,7 @@ from eimf.report import markdown_table  # noqa: E402
 
 DATASETS = {"Beauty-file-order": "Beauty", "Office_Products-file-order": "Office", "Beauty": "Beauty", "Office_Products": "Office"}
 COLUMNS = {"recall@20": "R@20", "recall@50": "R@50", "ndcg@20": "NDCG@20", "ndcg@50": "NDCG@50", "hr@20": "HR@20", "hr@50": "HR@50"}
-ORDER = ("pop", "remi", "remi-eimf", "remi-eimf-random-text", "remi-eimf-shuffled-clusters")
+ORDER = ("pop", *(recipe + model for recipe in ("remi", "remi-best") for model in ("", "-eimf", "-eimf-random-text", "-eimf-shuffled-clusters")))
 BEGIN, END = "<!-- results: python data/make_results.py -->", "<!-- end of results -->"
 CORE_BEGIN, CORE_END = "<!-- core: python data/make_results.py -->", "<!-- end of core -->"
 # csrc/bench's columns as the README shows them: header, format.

@@ -21,7 +21,7 @@ Writes  06_train/<run>/
     torchrun --standalone --nproc-per-node 2 stages/06_train.py --dataset sample --backbone remi --eimf
 
 Several processes share each batch and learn what one would, but for rounding and for the random masks of dropout and of the cloze.
-A run is named <backbone>[-eimf][-<control>]-s<seed>. On the sample it prints the best iteration and its validation
+A run is named <backbone>[-<recipe>][-eimf][-<control>]-s<seed>. On the sample it prints the best iteration and its validation
 Recall@50. Shapes: B batch, L history length, K interests, M explicit interests, D dimension, N items, d_t text dimension.
 """
 import copy
@@ -46,10 +46,11 @@ from eimf.model import BehaviouralModel, Popularity
 from eimf.ranking import interests_of, rank, targets_of
 from eimf.teacher import Teacher, load_item_text, load_text, save_labels
 
-# What a recipe sets, unless a flag says otherwise; the paper's is every flag's default.
+# What a recipe sets, unless a flag says otherwise; the paper's is every flag's default. On Office's validation users (file order, one
+# seed, 5,000 steps) text in the item vectors took REMI's Recall@50 from .205 to .251, a dropout of .3 on top of it to .248.
 RECIPES = {
     "paper": {},
-    "best": {"item_text": "add", "dropout": 0.3},
+    "best": {"item_text": "add"},
 }
 
 
@@ -131,7 +132,8 @@ def parse(argv):
     if args.backbone == "pop" and args.eimf:
         parser.error("--backbone pop has nothing to teach; leave out --eimf")
     if args.run is None:
-        parts = [args.backbone.rpartition(":")[2], "eimf" if args.eimf else None, args.control, f"s{args.seed}"]
+        parts = [args.backbone.rpartition(":")[2], args.recipe if args.recipe != "paper" else None, "eimf" if args.eimf else None,
+                 args.control, f"s{args.seed}"]
         args.run = "-".join(filter(None, parts))
     return args
 
