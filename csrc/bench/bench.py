@@ -53,7 +53,7 @@ def parse_arguments(argv):
     parser.add_argument("--item-vectors", help="float32 (n, d) .npy file to take HNSW's items from")
     parser.add_argument("--program", help="eimf_bench as CMake builds it with -DEIMF_BENCH=ON, for the peaks (default: compile it)")
     parser.add_argument("--json", type=Path, help="file to keep the figures in")
-    parser.add_argument("--memory-of", nargs=3, metavar=("WHO", "N", "P"), help=argparse.SUPPRESS)  # a child process of this script
+    parser.add_argument("--memory-of", nargs=3, metavar=("WHO", "FILE", "P"), help=argparse.SUPPRESS)  # a child process of this script
     return parser.parse_args(argv)
 
 
@@ -140,21 +140,31 @@ def core_run(x, preference):
     return (steps[-1] - steps[0]) / (len(steps) - 1) if len(steps) > 1 else 0.0, total, result
 
 
-def memory_of(who, n, preference):
+def memory_of(who, x, preference):
     """MiB that a run adds to a process that holds the points already, from a process of its own."""
-    command = [sys.executable, __file__, "--memory-of", who, str(n), repr(preference), "--threads", str(args.threads), "--damping", str(args.damping)]
-    done = subprocess.run(command + (["--vectors", args.vectors] if args.vectors else []), capture_output=True, text=True, check=True)
-    return round(float(done.stdout))
+    with tempfile.NamedTemporaryFile(suffix=".npy") as file:
+        np.save(file.name, x)
+        command = [sys.executable, __file__, "--memory-of", who, file.name, repr(preference), "--threads", str(args.threads), "--damping", str(args.damping)]
+        return round(float(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
 
 
-def run_for_memory(who, n, preference):
-    x = points(int(n))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def most_memory():
+    """The most MiB this process has held. Not ru_maxrss where it can be helped: that starts from the parent's."""
+    try:
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 1024
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1 << 10)
+
+
+def run_for_memory(who, path, preference):
+    x = np.load(path, allow_pickle=False)
+    before = most_memory()
     if who == "eimf":
         core_run(x, float(preference))
     else:
         sklearn_run(sklearn_similarities(x), float(preference), 2, copy=False)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / (1 << 20 if sys.platform == "darwin" else 1 << 10))
+    print(most_memory() - before)
 
 
 def bench_affinity_propagation(bandwidth):
@@ -164,7 +174,7 @@ def bench_affinity_propagation(bandwidth):
         sample = sklearn_similarities(x[:2000])
         off_diagonal = sample[~np.eye(len(sample), dtype=bool)]
         similarities = sklearn_similarities(x)
-        sklearn_memory = memory_of("sklearn", n, -1.0)
+        sklearn_memory = memory_of("sklearn", x, -1.0)
         few, many = (2, 12) if n <= args.fit_below else (2, 4)
         for quantile in args.preferences:
             preference = float(np.quantile(off_diagonal, quantile))
@@ -181,7 +191,7 @@ def bench_affinity_propagation(bandwidth):
             fit, result = statistics.median(r[1] for r in runs), runs[0][2]
             row = {"points": len(x), "quantile": quantile, "preference": preference, "clusters": len(result.exemplars), "converged": result.converged,
                    "eimf s/iteration": median["eimf"], "scikit-learn s/iteration": median["sklearn"], "ratio": median["sklearn"] / median["eimf"],
-                   "eimf fit s": fit, "scikit-learn fit s": None, "fit ratio": None, "eimf MiB": memory_of("eimf", n, preference),
+                   "eimf fit s": fit, "scikit-learn fit s": None, "fit ratio": None, "eimf MiB": memory_of("eimf", x, preference),
                    "scikit-learn MiB": sklearn_memory}
             row["memory ratio"] = row["scikit-learn MiB"] / max(1, row["eimf MiB"])
             if n <= args.fit_below:
@@ -334,14 +344,13 @@ def main():
     machine = peaks() | {"cpu": processor(), "kernel": eimf_core.kernels()[-1], "threads": args.threads, "clock": args.clock, "rounds": args.rounds,
                          "load": round(os.getloadavg()[0], 1), "versions": {p: version(p) for p in ("eimf-core", "numpy", "scikit-learn", "torch", "faiss-cpu", "hnswlib")}}
     print(machine)
-    found = {"affinity_propagation": bench_affinity_propagation(machine["memory_gbs"]), "scoring": bench_top_n(machine["fma_gflops"]), "hnsw": bench_hnsw()}
-    if args.json:
-        kept = json.loads(args.json.read_text(encoding="utf-8")) if args.json.is_file() else {}
-        for name, rows in found.items():
-            if rows:
-                kept[name] = {"machine": machine, "rows": rows}
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+    for name, bench in (("affinity_propagation", lambda: bench_affinity_propagation(machine["memory_gbs"])),
+                        ("scoring", lambda: bench_top_n(machine["fma_gflops"])), ("hnsw", bench_hnsw)):
+        rows = bench()
+        if rows and args.json:
+            kept = json.loads(args.json.read_text(encoding="utf-8")) if args.json.is_file() else {}
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.write_text(json.dumps(kept | {name: {"machine": machine, "rows": rows}}, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
