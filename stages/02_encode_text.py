@@ -13,7 +13,7 @@ Writes 02_encode_text/  item_text.npy      float32 (items + 1, d_t), row = item 
 Also   <cache-dir>/<fingerprint>.sqlite, the vector cache that all data sets share
 
     python stages/02_encode_text.py --dataset sample
-    torchrun --standalone --nproc-per-node 2 stages/02_encode_text.py --dataset sample      # the processes share the titles
+    torchrun --standalone --nproc-per-node 2 -- stages/02_encode_text.py --dataset sample      # the processes share the titles
 
 prints the texts encoded and cached, items and training users with text, and the seconds.
 """

@@ -10,7 +10,7 @@ Writes 05_encode_interests/  interest_vectors.npy  float32 (interests of all clu
                              interest_offsets.npy  int64 (clusters + 1)
 
     python stages/05_encode_interests.py --dataset sample
-    torchrun --standalone --nproc-per-node 2 stages/05_encode_interests.py --dataset sample      # the processes share the texts
+    torchrun --standalone --nproc-per-node 2 -- stages/05_encode_interests.py --dataset sample      # the processes share the texts
 
 prints the clusters, interests, texts encoded and cached, and the seconds.
 """

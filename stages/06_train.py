@@ -18,7 +18,7 @@ Writes  06_train/<run>/
         checkpoint/       last.safetensors, from which a killed run goes on with the same result
 
     python stages/06_train.py --dataset sample --backbone remi --eimf
-    torchrun --standalone --nproc-per-node 2 stages/06_train.py --dataset sample --backbone remi --eimf
+    torchrun --standalone --nproc-per-node 2 -- stages/06_train.py --dataset sample --backbone remi --eimf
 
 Several processes share each batch and learn what one would, but for rounding and for the random masks of dropout and of the cloze.
 A run is named <backbone>[-<recipe>][-eimf][-<control>]-s<seed>. On the sample it prints the best iteration and its validation

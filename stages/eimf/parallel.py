@@ -1,9 +1,9 @@
 """Several processes that do one stage's work together, and the identities that a plain run gets instead.
 
-    torchrun --standalone --nproc-per-node 2 stages/06_train.py --dataset sample --eimf
+    torchrun --standalone --nproc-per-node 2 -- stages/06_train.py --dataset sample --eimf
 
-torchrun starts the same script several times and tells each process its rank, 0 to world - 1. Each computes its share of the rows,
-rank 0 alone writes. All that passes between them are sums of tensors: gloo adds up those of a CPU, nccl those of CUDA.
+torchrun starts the same script several times and tells each process its rank, 0 to world - 1 (without the --, it would take a
+stage's --run for its own --run-path). Each process computes its share of the rows, rank 0 alone writes. All that passes between them are sums of tensors: gloo adds up those of a CPU, nccl those of CUDA.
 """
 import os
 import signal
@@ -22,13 +22,14 @@ LOST = ("another process of this run ended, or the run was told to stop; what wa
 _rank, _world, _store = 0, 1, None
 
 
-def start(args, device=torch.device("cpu")):
-    """Join the other ranks if torchrun started this process. Returns the device to use: on CUDA, each rank's own.
+def start(args, device=None):
+    """Join the other ranks if torchrun started this process. Returns the torch.device to use, of CUDA each rank's own; None is the CPU.
 
     Sets torch's threads to args.threads; where that is 0, ranks share the cores, and args.threads becomes the share.
     Raises UserError if torchrun's variables are incomplete or there are fewer GPUs than ranks.
     """
-    global _rank, _world, _store
+    global _rank, _world
+    device = device or torch.device("cpu")
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         missing = [name for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if missing:
