@@ -27,11 +27,10 @@ the same time keep the order of the file.
 from pathlib import Path
 
 import numpy as np
-from numpy.dtypes import StringDType
-
 from eimf.artifacts import Stage, UserError, argument_parser, run, save_array, save_json, save_lines
 from eimf.data import TEST, TRAIN, VALID
 from eimf.readers import FORMATS, Report, detect, read_events, read_items
+from numpy.dtypes import StringDType
 
 INTERACTION_NAMES = ("reviews_{}_5.json", "reviews_{}.json", "{}_5.json", "{}.jsonl", "{}.json", "{}.inter",
                      "{}/{}.inter", "{}.csv", "{}.tsv")
