@@ -4,8 +4,8 @@
     python data/make_results.py --check    # exits 1 if the README's block is not what data/results/ gives
 
 Reads   data/<data set>/07_evaluate/summary.json of the data sets below, where they exist
-        data/results/core.json, which csrc/bench/bench.py --json writes
-Writes  data/results/<data set>.json, and the blocks of README.md between the two `results` and, if it has them, the two `core` markers
+        data/results/core.json, which csrc/bench/bench.py --json writes; llm.json, of tests/measure_llm_throughput.py --out
+Writes  data/results/<data set>.json, and the blocks of README.md between the two `results` and, if it has them, the `core` and `llm` markers
 """
 import argparse
 import json
@@ -23,6 +23,7 @@ DATASETS = {"Beauty-file-order": "Beauty", "Office_Products-file-order": "Office
 COLUMNS = {"recall@20": "R@20", "recall@50": "R@50", "ndcg@20": "NDCG@20", "ndcg@50": "NDCG@50", "hr@20": "HR@20", "hr@50": "HR@50"}
 ORDER = ("pop", *(recipe + model for recipe in ("remi", "remi-best") for model in ("", "-eimf", "-eimf-random-text", "-eimf-shuffled-clusters")))
 BEGIN, END = "<!-- results: python data/make_results.py -->", "<!-- end of results -->"
+LLM_BEGIN, LLM_END = "<!-- llm: python data/make_results.py -->", "<!-- end of llm -->"
 CORE_BEGIN, CORE_END = "<!-- core: python data/make_results.py -->", "<!-- end of core -->"
 # csrc/bench's columns as the README shows them: header, format.
 CORE = {
@@ -79,6 +80,15 @@ def render_core(path):
     return "\n\n".join(parts)
 
 
+def render_llm(path):
+    """The chat client's throughput as a sentence, from the figures of tests/measure_llm_throughput.py."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    patient, fast = found["one_second_answers"], found["hundred_thousand_requests"]
+    return (f"On one core, the client keeps a server that takes {patient['delay']:g} s for an answer {patient['busy']:.1%} busy at a concurrency of "
+            f"{patient['concurrency']} ({patient['requests']:,} requests, start included). Without that delay it makes {fast['per_second']:.0f} requests a "
+            f"second, and {fast['requests']:,} of them take {fast['peak_memory_mib']:.0f} MiB at most.")
+
+
 def replaced(text, begin, end, block):
     """`text` with `block` between its two markers; exits unless each is there once."""
     if text.count(begin) != 1 or text.count(end) != 1:
@@ -104,6 +114,8 @@ def main(argv=None):
     updated = replaced(text, BEGIN, END, render(results))
     if CORE_BEGIN in text or CORE_END in text:
         updated = replaced(updated, CORE_BEGIN, CORE_END, render_core(results / "core.json"))
+    if LLM_BEGIN in text or LLM_END in text:
+        updated = replaced(updated, LLM_BEGIN, LLM_END, render_llm(results / "llm.json"))
     if args.check:
         sys.exit(0 if updated == text else "error: README.md differs from data/results; run python data/make_results.py")
     readme.write_text(updated, encoding="utf-8")

@@ -80,6 +80,19 @@ def test_make_results_renders_the_cores_speed(tmp_path, load_script):
     assert "differs" in str(stop.value.code)
 
 
+def test_make_results_renders_the_clients_throughput(tmp_path, load_script):
+    module = load_script("data/make_results.py")
+    module.ROOT = tmp_path
+    (tmp_path / "data/results").mkdir(parents=True)
+    figures = {"one_second_answers": {"delay": 1.0, "busy": .9512, "concurrency": 64, "requests": 5760},
+               "hundred_thousand_requests": {"per_second": 978.2, "requests": 100000, "peak_memory_mib": 53.2}}
+    (tmp_path / "data/results/llm.json").write_text(module.json.dumps(figures))
+    (tmp_path / "README.md").write_text(f"{module.BEGIN}\n{module.END}\n{module.LLM_BEGIN}\nold\n{module.LLM_END}\n")
+    module.main(["--data-dir", str(tmp_path / "data")])
+    text = (tmp_path / "README.md").read_text()
+    assert "takes 1 s" in text and "95.1% busy" in text and "978 requests" in text and "100,000 of them take 53 MiB" in text and "old" not in text
+
+
 @pytest.mark.slow
 def test_every_command_runs(sample, root, tmp_path, shared):
     """In order, in a copy where the sample was run; placeholders are filled in, long runs cut short where it says so."""
