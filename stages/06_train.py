@@ -42,7 +42,7 @@ from eimf.data import load_interactions, load_items, padded
 from eimf.encoder import pick_device
 from eimf.export import save_export
 from eimf.metrics import hit_matrix, per_user
-from eimf.model import BehaviouralModel, Popularity
+from eimf.model import BehaviouralModel, Popularity, map_projection
 from eimf.ranking import interests_of, rank, targets_of
 from eimf.teacher import Teacher, load_item_text, load_text, save_labels
 
@@ -267,21 +267,6 @@ def validate(model, interactions, args, device):
     metrics = per_user(hits, n_targets, (20, 50))
     *sums, count = parallel.total(torch.tensor([*(values.sum() for values in metrics.values()), len(users)], dtype=torch.float64)).tolist()
     return {name: value / count for name, value in zip(metrics, sums)}
-
-
-def map_projection(vectors):
-    """A flat map of the items by PCA of their directions: float32 (D + 1, 2), the last row is the shift.
-
-    The place of any vector v, item or interest, is (v / |v|) @ map[:-1] + map[-1]; items lie within [-1, 1].
-    """
-    unit = vectors[1:] / np.linalg.norm(vectors[1:], axis=1, keepdims=True).clip(1e-12)
-    mean = unit.mean(0)
-    values, axes = np.linalg.eigh((unit - mean).T.astype(np.float64) @ (unit - mean))
-    axes = axes[:, np.argsort(-values)[:2]]
-    if axes.shape[1] < 2:  # vectors of one number have one direction
-        axes = np.concatenate([axes, np.zeros_like(axes)], 1)
-    axes /= np.abs((unit - mean) @ axes).max(0).clip(1e-12)
-    return np.concatenate([axes, -mean[None] @ axes]).astype(np.float32)
 
 
 def pick_precision(name, device):

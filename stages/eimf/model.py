@@ -93,3 +93,18 @@ class Popularity(nn.Module):
 
     def folded(self):
         return self
+
+
+def map_projection(vectors):
+    """A flat map of the items by PCA of their directions: float32 (D + 1, 2), the last row is the shift.
+
+    The place of any vector v, item or interest, is (v / |v|) @ map[:-1] + map[-1]; items lie within [-1, 1].
+    """
+    unit = vectors[1:] / np.linalg.norm(vectors[1:], axis=1, keepdims=True).clip(1e-12)
+    mean = unit.mean(0)
+    values, axes = np.linalg.eigh((unit - mean).T.astype(np.float64) @ (unit - mean))
+    axes = axes[:, np.argsort(-values)[:2]]
+    if axes.shape[1] < 2:  # vectors of one number have one direction
+        axes = np.concatenate([axes, np.zeros_like(axes)], 1)
+    axes /= np.abs((unit - mean) @ axes).max(0).clip(1e-12)
+    return np.concatenate([axes, -mean[None] @ axes]).astype(np.float32)
