@@ -55,6 +55,12 @@ class Transformer(Backbone):
         heads = self.heads if dim % self.heads == 0 else 1
         self.stack = nn.ModuleList(Block(dim, heads, self.hidden * dim, self.activation(), self.norm_first, dropout)
                                    for _ in range(self.blocks))
+        # torch's default weights are a third as large. With them, and the norm after the sum, what attention brings is lost beside the
+        # [MASK] vector, and BERT4Rec stays at the loss of equal probabilities.
+        for layer in self.stack.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
 
     def encode(self, vectors, mask, newest_only=True):
         """States (B, D) of the newest positions and their attention (B, 1, L) in the last block; or all states (R, D)."""
