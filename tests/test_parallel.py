@@ -75,7 +75,7 @@ def rank_process(process, rank):
 @pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="finds the processes in /proc")
 def test_a_lost_process_ends_the_run_and_one_process_goes_on(tiny, root):
     """kill -9 of rank 1: an error line, no result; a plain start ends with what was never interrupted, here with sampled negatives."""
-    options = flags(tiny, "--loss", "sampled", "--negatives", "20", "--max-iterations", "400", "--validate-every", "20", "--patience", "99")
+    options = flags(tiny, "--loss", "sampled", "--negatives", "20", "--max-iterations", "240", "--patience", "99")
     run_stage("06_train.py", *options, "--run", "whole", timeout=PATIENCE)
     whole, folder = (tiny / "tiny" / "06_train" / name for name in ("whole", "lost"))
     process = torchrun(root, "06_train.py", *options, "--run", "lost")
@@ -179,7 +179,7 @@ def test_shares_are_all_rows_once(monkeypatch, n, world):
 
 def test_a_plain_run_shares_nothing():
     x = torch.randn(N_ITEMS, 3, requires_grad=True)
-    assert parallel.share(x) is x and parallel.gather(x) is x and parallel.total(x) is x
+    assert parallel.gather(x) is x and parallel.total(x) is x and torch.equal(parallel.share(x), x)
     assert (parallel.rank(), parallel.world(), parallel.stop()) == (0, 1, True)
 
 

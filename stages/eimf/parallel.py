@@ -3,7 +3,8 @@
     torchrun --standalone --nproc-per-node 2 -- stages/06_train.py --dataset sample --eimf
 
 torchrun starts the same script several times and tells each process its rank, 0 to world - 1 (without the --, it would take a
-stage's --run for its own --run-path). Each process computes its share of the rows, rank 0 alone writes. All that passes between them are sums of tensors: gloo adds up those of a CPU, nccl those of CUDA.
+stage's --run for its own --run-path). Each process computes its share of the rows, rank 0 alone writes. Nothing passes between
+them but sums of tensors; gloo adds up those of a CPU, nccl those of CUDA. All must see one data folder.
 """
 import os
 import signal
