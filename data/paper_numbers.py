@@ -6,7 +6,7 @@
     models       one entry for each (data set, split, variant, model): metrics with mean, interval over test users and standard
                  deviation over seeds; cost; commit, machine and commands behind it
     comparisons  pairs of models on the same test users and seeds: gain in Recall@50, interval, p-values as they are and
-                 adjusted by Holm within the family, verdict
+                 adjusted by Holm within the table, data set and split; verdict
     clusters     folder -> what stages 03 and 04 did: typical users, preference, LLM calls
     remaining    group -> runs left and their estimated seconds
 """
@@ -100,9 +100,15 @@ def compare(family, a, b, a_values, b_values, **facts):
 
 
 def adjust(comparisons):
-    """Holm's correction within each family, for both tests, and the verdict; in place."""
-    for family in {c["family"] for c in comparisons}:
-        members = [c for c in comparisons if c["family"] == family]
+    """Holm's correction, for both tests, and the verdict; in place.
+
+    What is corrected for together: the comparisons of one table of the report within one data set and split. So a verdict on one data
+    set does not depend on which runs of another have finished.
+    """
+    together = defaultdict(list)
+    for c in comparisons:
+        together[c["family"], c["dataset"], c["split"]].append(c)
+    for members in together.values():
         for test in ("p_users", "p_seeds"):
             for c, p in zip(members, holm([c[test] for c in members])):
                 c[test + "_holm"] = p

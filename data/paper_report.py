@@ -15,18 +15,30 @@ from eimf.artifacts import atomic, save_json
 from eimf.report import COLOURS, figure, html_page, markdown_table
 from experiments import ABLATIONS, BASELINES, CONTROLS, NAMES, OTHERS, PREFERENCES, TAUGHT, folder_of
 
-LABELS = {"pop": "Pop", "dnn": "DNN", "gru4rec": "GRU4Rec", "sasrec": "SASRec", "bert4rec": "BERT4Rec", "llm2bert4rec": "LLM2BERT4Rec", "mind": "MIND",
-          "comirec-sa": "ComiRec-SA", "remi": "REMI", "comirec-dr": "ComiRec-DR", "sine": "SINE", "bert4rec-cloze": "BERT4Rec, cloze task"}
+LABELS = {"pop": "Pop", "dnn": "DNN", "gru4rec": "GRU4Rec", "sasrec": "SASRec", "bert4rec": "BERT4Rec", "llm2bert4rec": "LLM2BERT4Rec",
+          "mind": "MIND", "comirec-sa": "ComiRec-SA", "remi": "REMI", "comirec-dr": "ComiRec-DR", "sine": "SINE", "bert4rec-cloze": "BERT4Rec, cloze task"}
 LABELS |= {f"{b}-eimf": f"EIMF({LABELS[b]})" for b in TAUGHT}
 LABELS |= dict(zip(CONTROLS, ("random text vectors", "shuffled clusters")))
 LABELS |= dict(zip(ABLATIONS, ("without alignment", "without semantic prediction", "without item alignment", "without user alignment")))
 VARIANT_LABELS = {"random-typical": "random typical users", "phrases": "category phrases instead of LLM answers", "every-user": "every user prompted"}
 SHOWN = {"recall@20": "Recall@20", "recall@50": "Recall@50", "hr@20": "HR@20", "hr@50": "HR@50"}
 NDCG = {"ndcg@20": "NDCG@20", "ndcg@50": "NDCG@50", "ndcg_published@20": "set order @20", "ndcg_published@50": "set order @50"}
-PARTS = {"history": "history of {} events", "target": "targets with {} training events"}
+PARTS = {"history": "histories of {} events", "target": "targets seen {} times in training"}
 TEXT_COLUMNS = ("data", "split", "model", "against", "verdict", "part", "command", "typical users")
 GROUPS = dict(zip(NAMES, ("Table 1", "Does EIMF help?", "both splits", "further controls", "Table 2", "Table 3", "Figure 3", "Figure 4", "Table 4",
                           "further backbones")))
+HOW_TO_READ = (
+    "How to read this. Ours is the mean over seeds ± its standard deviation over seeds. Brackets are 95 % bootstrap intervals over test users: of "
+    "the difference from the paper where there is a published number (the paper gives no spread of its own), else of our mean. \"Better\" and "
+    "\"worse\" are said only if two paired tests agree at .05: Student's t over test users, each user's values averaged over seeds, and Student's t "
+    "over seeds, paired by seed. Both are adjusted by Holm's method over the comparisons of a table within one data set and split; where one p-value "
+    "is given it is the larger. The metric tested is Recall@50, by which models are selected on validation users.")
+ABOUT_CONTROLS = (
+    "Random text: vectors of the same shapes without meaning. Shuffled clusters: the same interests for the wrong users. Random typical users: as "
+    "many, drawn at random. Category phrases: the offline summariser's words in place of the LLM's.")
+ABOUT_SPLITS = (
+    "The published numbers use the file-order split, whose test users share late items; the random split tells what to expect on new users. Set "
+    "order repeats the published NDCG computation, which ignores ranks; it is there for the published columns only.")
 DEVIATIONS = (
     "Affinity propagation is Frey and Dueck's. Algorithm 1 as printed adds p to every similarity, where it cancels out, and updates only the "
     "availabilities' diagonal.",
@@ -248,9 +260,9 @@ def plot_preference(n, place):
     axis.set_xticks(calls, [str(c) for c in calls], fontsize=8)
     axis.minorticks_off()
     top = axis.secondary_xaxis("top")
-    top.set_xticks(calls, [f"{100 * f['fraction']:.2g} %\np = {preference_text(f)}" for f, _ in points], fontsize=7)
+    top.set_xticks(calls, [f"{100 * f['fraction']:.3g} %\n{preference_text(f)}" for f, _ in points], fontsize=7)
     top.minorticks_off()
-    top.set_xlabel("share of training users that are typical users, and preference p", fontsize=9)
+    top.set_xlabel("share of training users that are typical users; below it, preference p", fontsize=9)
     axis.legend(frameon=False, fontsize=9, loc="best")
     axis.grid(axis="y", alpha=.3)
     answers = "recorded LLM answers" if points[0][0]["llm"] == "recorded" else f"interests by: {points[0][0]['llm']}"
@@ -267,10 +279,7 @@ def blocks(numbers):
     n = Numbers(numbers)
     paragraph, details = headline(n)
     out = [("p", paragraph)] + [("list", details)] * bool(details)
-    out += [("p", "How to read this. Ours is the mean over seeds ± its standard deviation over seeds. Brackets are 95 % bootstrap intervals over test users "
-                  "(of the difference from the paper, where there is a published number: the paper gives no spread of its own). \"Better\" and \"worse\" are said only "
-                  "if two paired tests agree at .05 after Holm's correction within the table: Student's t over test users, each user's values averaged over seeds, and Student's t over "
-                  "seeds, paired by seed; where one p-value is given it is the larger. The metric tested is Recall@50, by which models are selected on validation users.")]
+    out += [("p", HOW_TO_READ)]
     out += table_1(n)
     out += [("h2", "Tables 2 and 3: all models")]
     for dataset in sorted(numbers["datasets"], key=lambda d: d == "Office"):
@@ -280,8 +289,7 @@ def blocks(numbers):
     out += [("h2", "Does EIMF help? The backbone and the controls")]
     found = n.comparisons("help")
     if found:
-        out += [("p", "Random text: vectors of the same shapes without meaning. Shuffled clusters: the same interests for the wrong users. Random typical users: as many, drawn at "
-                      "random. Category phrases: the offline summariser's words in place of the LLM's."), ("figure", "gains", plot_gains(found))]
+        out += [("p", ABOUT_CONTROLS), ("figure", "gains", plot_gains(found))]
     out += comparison_table(found, "EIMF(REMI) against its backbone and the controls") or [("p", "Nothing of this has been run yet.")]
     out += [("h2", "Table 4: other backbones, with and without EIMF")]
     for dataset in ("Office", "Beauty", *(d for d in numbers["datasets"] if d not in ("Office", "Beauty", "Grocery"))):
@@ -302,10 +310,10 @@ def table_1(n):
     rows = []
     for dataset, facts in n.all["datasets"].items():
         paper = dict(zip(names, facts["paper"] or ()))
-        rows.append([dataset, *(f"{facts['stats'][k]:,}" + (f"\npaper {paper[k]:,}\n{facts['stats'][k] - paper[k]:+,}" if paper else "") for k in names),
-                     f"{facts['stats']['interactions'] / facts['stats']['users']:.2f}",
-                     f"{100 * facts['stats']['interactions'] / facts['stats']['users'] / facts['stats']['items']:.3f} %",
-                     f"{facts['stats'].get('items_with_title', 0):,}"])
+        ours = facts["stats"]
+        rows.append([dataset, *(f"{ours[k]:,}" + (f"\npaper {paper[k]:,}\n{ours[k] - paper[k]:+,}" if paper else "") for k in names),
+                     f"{ours['interactions'] / ours['users']:.2f}", f"{100 * ours['interactions'] / ours['users'] / ours['items']:.3f} %",
+                     f"{ours.get('items_with_title', 0):,}"])
     return [("h2", "Table 1: data"), ("table", ["data", *names, "events a user", "density", "titled items"], rows, "after filtering")]
 
 
@@ -318,20 +326,18 @@ def preference(n):
             entry = n.models.get((*place, variant, "remi-eimf"))
             facts = n.all["clusters"].get(entry["folder"]) if entry else None
             if facts:
-                rows.append([label(variant, "remi-eimf") if variant else "main", preference_text(facts), f"{100 * facts['fraction']:.1f} %", f"{facts['calls']:,}",
-                             str(len(entry["seeds"])), cell(entry, "recall@50"), cell(entry, "hr@50")])
+                rows.append([label(variant, "remi-eimf").partition(", ")[2] or "main", preference_text(facts), f"{100 * facts['fraction']:.1f} %",
+                             f"{facts['calls']:,}", str(len(entry["seeds"])), cell(entry, "recall@50"), cell(entry, "hr@50")])
         best = n.all["datasets"].get(place[0], {}).get("best_preference")
-        out += [("table", ["typical users", "p", "share", "LLM calls", "seeds", "Recall@50", "HR@50"], rows, f"{place[0]}, {place[1]}"
-                 + (f". The paper's best: Recall@50 {number(best[1])} at p = {best[0]}, on its own encoder's scale" if best else ""))]
+        paper = f". The paper's best: Recall@50 {number(best[1])} at p = {best[0]}, on its own encoder's scale" if best else ""
+        out += [("table", ["typical users", "p", "share", "LLM calls", "seeds", "Recall@50", "HR@50"], rows, ", ".join(place) + paper)]
     tables = comparison_table(n.comparisons("cost"), "Each choice of typical users, against REMI alone", "a")
     tables += comparison_table(n.comparisons("fig4"), "Each choice of typical users, against the main one", "a")
     return out + (tables if len(out) > 1 else [("p", "Nothing of this has been run yet.")])
 
 
 def splits(n):
-    out = [("h2", "Both splits, and NDCG"),
-           ("p", "The published numbers use the file-order split, whose test users share late items; the random split is the one to expect on new users. Set order repeats the published NDCG "
-                 "computation, which ignores ranks; it is there for the published columns only.")]
+    out = [("h2", "Both splits, and NDCG"), ("p", ABOUT_SPLITS)]
     for dataset in n.all["datasets"]:
         for split in ("file-order", "random"):
             models = [m for m in (*BASELINES, *OTHERS, "remi-eimf", *CONTROLS) if (dataset, split, "", m) in n.models]
@@ -346,8 +352,8 @@ def parts(n):
         c = next(iter(n.comparisons("parts", dataset=part["dataset"], split=part["split"], kind=part["kind"], part=part["part"])), None)
         rows.append([where(part), PARTS[part["kind"]].format(part["part"]), str(part["users"]),
                      *(number(part["recall"][m]) if m in part["recall"] else "" for m in models),
-                     f"{signed(c['gain'])}\n{interval(c['low'], c['high'])}" if c else "", p_value(worst_p(c)) if c else "", c["verdict"] if c else ""])
-    header = ["data", "part", "users", *(label("", m) for m in models), "gain of EIMF", "larger p", "verdict"]
+                     *([f"{signed(c['gain'])}\n{interval(c['low'], c['high'])}", f"{c['verdict']}\n{p_value(worst_p(c))}"] if c else [""] * 2)])
+    header = ["data", "part", "users", "REMI", "EIMF(REMI)", "random text", "shuffled", "gain of EIMF", "verdict"]
     caption = "Recall@50 within parts of the test users, and for parts of their target items alone"
     return [("h2", "Short histories and cold items"), ("table", header, rows, caption)] if rows else []
 
@@ -357,8 +363,8 @@ def cost(n):
              f"{c['best_iteration']:,.0f}", f"{c['milliseconds_per_step']:.0f}", f"{c['peak_memory_mib']:.0f}",
              "" if m["cosine"] is None else f"{m['cosine']:.2f}"] for m in n.all["models"] if (c := m["cost"]) and m["model"] != "pop"]
     header = ["data", "model", "seeds", "minutes a run", "steps", "best step", "ms a step", "peak MiB", "cosine"]
-    caption = ("means over seeds. Minutes include the evaluation; runs shared the machine with each other. Cosine: between the interests of a test user, "
-               "mean over pairs")
+    caption = ("means over seeds. Minutes include the evaluation; runs shared the machine with each other. Cosine: between the interests of a "
+               "test user, mean over pairs")
     return [("h2", "Training cost"), ("table", header, rows, caption)] if rows else []
 
 
@@ -369,31 +375,46 @@ def run_deviations(n):
         facts = n.all["clusters"].get(folder_of(dataset, "file-order"))
         if facts:
             llm.setdefault(facts["llm"], []).append(dataset)
-    out = [f"Explicit interests on {listed(names)}: " + {
-        "offline": "the offline summariser's category phrases, no LLM.",
-        "recorded": "recorded answers of a large language model under the paper's prompt, not qwen-turbo."}.get(kind, f"{kind}.") for kind, names in llm.items()]
-    out += [f"All models share the training arguments `{n.all['train_args']}`." if n.all["train_args"] else "All models are trained with stage 06's defaults."]
-    out += [f"{d} has no item titles here, so its EIMF cells are empty; with the public metadata the same command fills them." for d in n.all["no_titles"]]
-    out += [f"{d}'s counts differ from the paper's, so it is another version of the data." for d, f in n.all["datasets"].items() if f["paper"] and not f["matches"]]
-    return out
+    about = {"offline": "the offline summariser's category phrases, no LLM.",
+             "recorded": "recorded answers of a large language model under the paper's prompt, not qwen-turbo."}
+    out = [f"Explicit interests on {listed(names)}: {about.get(kind, kind + '.')}" for kind, names in llm.items()]
+    shared = n.all["train_args"]
+    out += [f"All models share the training arguments `{shared}`." if shared else "All models are trained with stage 06's defaults."]
+    out += [f"{d} has no item titles here, so its EIMF cells are empty; with the public metadata the same command fills them."
+            for d in n.all["no_titles"]]
+    return out + [f"{d}'s counts differ from the paper's, so it is another version of the data."
+                  for d, facts in n.all["datasets"].items() if facts["paper"] and not facts["matches"]]
 
 
 def provenance(n):
     out = [("h2", "What is behind each number"),
-           ("p", "RAW_DIR and LLM_DIR stand for the folders of raw files and recorded answers; --seed of the first run is shown, the others differ in it and in the run's name.")]
+           ("p", "RAW_DIR and LLM_DIR stand for the folders of raw files and recorded answers. The first seed's command is shown; the others "
+                 "differ in --seed and --run.")]
     machines = list(dict.fromkeys(str(m) for e in n.all["models"] for m in e["machines"]))
-    described = [f"{m['cpu']}, {m['cores']} cores, {m['gpu'] or 'no GPU'}" for m in {str(x): x for e in n.all["models"] for x in e["machines"]}.values()]
+    unique = {str(m): m for e in n.all["models"] for m in e["machines"]}.values()
+    described = [f"{m['cpu']}, {m['cores']} cores, {m['gpu'] or 'no GPU'}" for m in unique]
     out += [("list", [f"machine {i + 1}: {text}" for i, text in enumerate(described)])] if described else []
-    rows = [[f"{e['folder']}: {label(e['variant'], e['model'])}", ", ".join(map(str, e["seeds"])), ", ".join(e["commits"]),
-             ", ".join(str(machines.index(str(m)) + 1) for m in e["machines"]) or "unknown", f"{e['cost']['minutes'] * len(e['seeds']):.0f}", e["commands"][0]] for e in n.all["models"]]
-    out += [("table", ["model", "seeds", "commit", "machine", "minutes", "command"], rows, "then python stages/07_evaluate.py with the same --dataset and --run")] if rows else []
+    rows = [[f"{where(e)}: {label(e['variant'], e['model'])}", ", ".join(map(str, e["seeds"])), ", ".join(e["commits"]),
+             ", ".join(str(machines.index(str(m)) + 1) for m in e["machines"]) or "unknown",
+             f"{e['cost']['minutes'] * len(e['seeds']):.0f}", e["commands"][0]] for e in n.all["models"]]
+    caption = "then python stages/07_evaluate.py with the same --dataset and --run"
+    out += [("table", ["model", "seeds", "commit", "machine", "minutes", "command"], rows, caption)] if rows else []
     left = n.all["remaining"]
     if any(runs for runs, _ in left.values()):
         total = sum(s for _, s in left.values())
         out += [("h2", "What remains to be run"),
-                ("list", [f"{GROUPS[g]} (`--only {g}`): {runs} runs, about {s / 3600:.1f} hours one after the other" for g, (runs, s) in left.items() if runs]),
+                ("list", [f"{GROUPS[g]} (`--only {g}`): {runs} runs, about {s / 3600:.1f} hours one after the other"
+                          for g, (runs, s) in left.items() if runs]),
                 ("p", f"Together about {total / 3600:.0f} hours of one run at a time on this machine; the same command goes on.")]
     return out
+
+
+PAGE_STYLE = """
+body { max-width: 76rem; } small { color: #666; } td { vertical-align: top; } td:last-child { white-space: normal; min-width: 8rem; }
+.left { text-align: left; } table { margin-bottom: 1.2rem; } caption { caption-side: top; font-weight: 600; } .lead { font-size: 1.15rem; }
+h2 { margin-top: 2.5rem; } code { font-size: .85em; } @media (prefers-color-scheme: dark) { small { color: #aaa; } }
+@media print { body { max-width: none; font-size: 10pt; } .scroll { overflow: visible; } figure, tr { break-inside: avoid; } }
+"""
 
 
 def to_markdown(title, parts_):
@@ -422,10 +443,7 @@ def to_html(title, parts_):
         first, *rest = value.split("\n")
         return f"<{tag}{' class=left' * left}>{text(first)}{''.join(f'<br><small>{text(r)}</small>' for r in rest)}</{tag}>"
 
-    out = ["<style>body { max-width: 76rem; } small { color: #666; } td { vertical-align: top; } td:last-child { white-space: normal; min-width: 8rem; } "
-           ".left { text-align: left; } table { margin-bottom: 1.2rem; } caption { caption-side: top; font-weight: 600; } .lead { font-size: 1.15rem; } h2 { margin-top: 2.5rem; } code { font-size: .85em; } "
-           "@media (prefers-color-scheme: dark) { small { color: #aaa; } } @media print { body { max-width: none; font-size: 10pt; } .scroll { overflow: visible; } "
-           "figure, tr { break-inside: avoid; } }</style>"]
+    out = [f"<style>{PAGE_STYLE}</style>"]
     for number_, (kind, *content) in enumerate(parts_):
         if kind == "table":
             header, rows, caption = content
