@@ -26,14 +26,14 @@ MODELS |= {m: f"--backbone remi --eimf --control {m.removeprefix('remi-eimf-')}"
 MODELS |= {m: f"--backbone remi --eimf --{m.removeprefix('remi-eimf-')}" for m in ABLATIONS}
 NEED_TEXT = {m for m, flags in MODELS.items() if "--eimf" in flags} | {"llm2bert4rec"}  # stages 02-05 come first
 
-# Variant -> arguments of stages 03 and 04 in place of the main ones. The main variant, "", has 3 % typical users (stage 03's
+# Variant -> arguments of stages 03 and 04 in place of the main ones, and further ones of 06. The main variant, "", has 3 % typical users (stage 03's
 # default) and recorded LLM answers where there are any for the data set, else the offline summariser.
 VARIANTS = {
-    "": ("", ""),
-    "random-typical": ("--typical random", ""),
-    "phrases": ("", "--llm offline"),
-    "every-user": ("--preference 0", ""),  # no user is nearer to another than to itself, so each is a cluster
-    **{f"typical-{share}": (f"--typical-fraction {share / 100:g}", "") for share in (80, 65, 50, 35, 20, 5)},
+    "": ("", "", ""),
+    "random-typical": ("--typical random", "", "--control random-typical-users"),
+    "phrases": ("", "--llm offline", ""),
+    "every-user": ("--preference 0", "", ""),  # no user is nearer to another than to itself, so each is a cluster
+    **{f"typical-{share}": (f"--typical-fraction {share / 100:g}", "", "") for share in (80, 65, 50, 35, 20, 5)},
 }
 PREFERENCES = ("every-user", *(v for v in VARIANTS if v.startswith("typical-")))
 

@@ -6,7 +6,7 @@
     models       one entry for each (data set, split, variant, model): metrics with mean, interval over test users and standard
                  deviation over seeds; cost; commit, machine and commands behind it
     comparisons  pairs of models on the same test users and seeds: gain in Recall@50, interval, p-values as they are and
-                 adjusted by Holm within the family, verdict
+                 adjusted by Holm within the table, data set and split; verdict
     clusters     folder -> what stages 03 and 04 did: typical users, preference, LLM calls
     remaining    group -> runs left and their estimated seconds
 """
@@ -16,9 +16,8 @@ from collections import defaultdict
 import numpy as np
 
 from eimf.artifacts import load_array, load_json, load_lines
-from eimf.data import load_interactions
+from eimf.data import load_interactions, range_positions
 from eimf.published import BEST_PREFERENCE, STATISTICS, published
-from eimf.ranking import targets_of
 from eimf.statistics import LEVEL, bootstrap, holm, paired_p
 from experiments import ABLATIONS, BASELINES, CONTROLS, PREFERENCES, TAUGHT, folder_of
 
@@ -51,9 +50,10 @@ class Results:
             self.values[key][run.seed] = values[:, [columns.index(m) for m in METRICS]]
             self.users[key] = load_array(folder / "test_users.npy")
 
-    def tested(self, key):
-        """{seed: TESTED of each user, (U,)}."""
-        return {seed: values[:, METRICS.index(TESTED)] for seed, values in self.values[key].items()}
+    def tested(self, key, seeds=()):
+        """{seed: TESTED of each user, (U,)}. Popularity has no seed, so its one run stands for all of `seeds`."""
+        found = {seed: values[:, METRICS.index(TESTED)] for seed, values in self.values[key].items()}
+        return dict.fromkeys(seeds, found[0]) if key[3] == "pop" and seeds else found
 
     def interactions(self, folder):
         if folder not in self._data:
@@ -73,7 +73,7 @@ class Results:
             path = self.data_dir / run.folder / "07_evaluate" / run.name / "test_ranked.npy"
             if not path.is_file() or not np.array_equal(users, self.users[key]):
                 continue
-            row, item = targets_of(data.items, middle, end)
+            row, item = np.repeat(np.arange(len(users)), end - middle), data.items[range_positions(middle, end)]
             hit = (load_array(path)[row] == item[:, None]).any(1)
             for low, high in COLD_BINS:
                 inside = (counts[item] >= low) & (counts[item] <= (high if high is not None else counts.max()))
@@ -100,9 +100,15 @@ def compare(family, a, b, a_values, b_values, **facts):
 
 
 def adjust(comparisons):
-    """Holm's correction within each family, for both tests, and the verdict; in place."""
-    for family in {c["family"] for c in comparisons}:
-        members = [c for c in comparisons if c["family"] == family]
+    """Holm's correction, for both tests, and the verdict; in place.
+
+    What is corrected for together: the comparisons of one table of the report within one data set and split. So a verdict on one data
+    set does not depend on which runs of another have finished.
+    """
+    together = defaultdict(list)
+    for c in comparisons:
+        together[c["family"], c["dataset"], c["split"]].append(c)
+    for members in together.values():
         for test in ("p_users", "p_seeds"):
             for c, p in zip(members, holm([c[test] for c in members])):
                 c[test + "_holm"] = p
@@ -126,18 +132,20 @@ def verdict(c):
     return "not significant over users" if over_seeds < 1 - LEVEL else "not significant"
 
 
-def contrasts(places):
-    """(family, key a, key b) of every comparison that the report makes, for each (data set, split)."""
-    for place in places:
+def contrasts(keys):
+    """(family, key a, key b) of every comparison that the report makes, for each (data set, split) in `keys`."""
+    for place in dict.fromkeys(key[:2] for key in keys):
         main = (*place, *MAIN)
         for b in (("", "remi"), *(("", c) for c in CONTROLS), ("random-typical", "remi-eimf"), ("phrases", "remi-eimf")):
             yield "help", main, (*place, *b)
-        for b in TAUGHT:
+        for b in TAUGHT[1:]:  # the first is tested under "help"
             yield "table4", (*place, "", f"{b}-eimf"), (*place, "", b)
         for b in ABLATIONS:
             yield "fig3", main, (*place, "", b)
         for variant in PREFERENCES:
             yield "fig4", (*place, variant, "remi-eimf"), main
+        for variant in ("", *PREFERENCES) if any((*place, v, "remi-eimf") in keys for v in PREFERENCES) else ():
+            yield "cost", (*place, variant, "remi-eimf"), (*place, "", "remi")
         for b in BASELINES:
             if b != "remi":
                 yield "baselines", main, (*place, "", b)
@@ -198,12 +206,11 @@ def collect(args, runs, tasks, state, remaining):
         if facts:
             clusters[folder] = facts
     comparisons = []
-    places = list(dict.fromkeys(key[:2] for key in keys))
-    for family, a, b in contrasts(places):
+    for family, a, b in contrasts(keys):
         if a in results.runs and b in results.runs:
-            comparisons.append(compare(family, a, b, results.tested(a), results.tested(b)))
+            comparisons.append(compare(family, a, b, results.tested(a), results.tested(b, results.runs[a])))
     parts = []
-    for place in places:
+    for place in dict.fromkeys(key[:2] for key in keys):
         found = {m: results.by_part((*place, "", m)) for m in ("remi", "remi-eimf", *CONTROLS) if (*place, "", m) in results.runs}
         for kind, name in next(iter(found.values()), {}):
             row = {m: values[kind, name] for m, values in found.items() if (kind, name) in values}

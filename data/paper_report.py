@@ -15,17 +15,30 @@ from eimf.artifacts import atomic, save_json
 from eimf.report import COLOURS, figure, html_page, markdown_table
 from experiments import ABLATIONS, BASELINES, CONTROLS, NAMES, OTHERS, PREFERENCES, TAUGHT, folder_of
 
-LABELS = {"pop": "Pop", "dnn": "DNN", "gru4rec": "GRU4Rec", "sasrec": "SASRec", "bert4rec": "BERT4Rec", "llm2bert4rec": "LLM2BERT4Rec", "mind": "MIND",
-          "comirec-sa": "ComiRec-SA", "remi": "REMI", "comirec-dr": "ComiRec-DR", "sine": "SINE", "bert4rec-cloze": "BERT4Rec, cloze task"}
+LABELS = {"pop": "Pop", "dnn": "DNN", "gru4rec": "GRU4Rec", "sasrec": "SASRec", "bert4rec": "BERT4Rec", "llm2bert4rec": "LLM2BERT4Rec",
+          "mind": "MIND", "comirec-sa": "ComiRec-SA", "remi": "REMI", "comirec-dr": "ComiRec-DR", "sine": "SINE", "bert4rec-cloze": "BERT4Rec, cloze task"}
 LABELS |= {f"{b}-eimf": f"EIMF({LABELS[b]})" for b in TAUGHT}
 LABELS |= dict(zip(CONTROLS, ("random text vectors", "shuffled clusters")))
 LABELS |= dict(zip(ABLATIONS, ("without alignment", "without semantic prediction", "without item alignment", "without user alignment")))
 VARIANT_LABELS = {"random-typical": "random typical users", "phrases": "category phrases instead of LLM answers", "every-user": "every user prompted"}
 SHOWN = {"recall@20": "Recall@20", "recall@50": "Recall@50", "hr@20": "HR@20", "hr@50": "HR@50"}
 NDCG = {"ndcg@20": "NDCG@20", "ndcg@50": "NDCG@50", "ndcg_published@20": "set order @20", "ndcg_published@50": "set order @50"}
-PARTS = {"history": "history of {} events", "target": "targets with {} training events"}
+PARTS = {"history": "histories of {} events", "target": "targets seen {} times in training"}
+TEXT_COLUMNS = ("data", "split", "model", "against", "verdict", "part", "command", "typical users")
 GROUPS = dict(zip(NAMES, ("Table 1", "Does EIMF help?", "both splits", "further controls", "Table 2", "Table 3", "Figure 3", "Figure 4", "Table 4",
                           "further backbones")))
+HOW_TO_READ = (
+    "How to read this. Ours is the mean over seeds ± its standard deviation over seeds. Brackets are 95 % bootstrap intervals over test users: of "
+    "the difference from the paper where there is a published number (the paper gives no spread of its own), else of our mean. \"Better\" and "
+    "\"worse\" are said only if two paired tests agree at .05: Student's t over test users, each user's values averaged over seeds, and Student's t "
+    "over seeds, paired by seed. Both are adjusted by Holm's method over the comparisons of a table within one data set and split; where one p-value "
+    "is given it is the larger. The metric tested is Recall@50, by which models are selected on validation users.")
+ABOUT_CONTROLS = (
+    "Random text: vectors of the same shapes without meaning. Shuffled clusters: the same interests for the wrong users. Random typical users: as "
+    "many, drawn at random. Category phrases: the offline summariser's words in place of the LLM's.")
+ABOUT_SPLITS = (
+    "The published numbers use the file-order split, whose test users share late items; the random split tells what to expect on new users. Set "
+    "order repeats the published NDCG computation, which ignores ranks; it is there for the published columns only.")
 DEVIATIONS = (
     "Affinity propagation is Frey and Dueck's. Algorithm 1 as printed adds p to every similarity, where it cancels out, and updates only the "
     "availabilities' diagonal.",
@@ -89,52 +102,59 @@ class Numbers:
 
 
 def headline(n):
-    """Does EIMF beat its backbone and both controls: on which data, by how much, at which p. A list of sentences."""
+    """Does EIMF beat its backbone and both controls: on which data, by how much, at which p. The paragraph, and a list of details."""
     opponents = {"remi": "its backbone", CONTROLS[0]: "the control with random text", CONTROLS[1]: "the control with shuffled clusters"}
-    table, details = {}, []
+    table = {}
     for place in n.places:
         found = {c["b"][1]: c for c in n.comparisons("help", dataset=place[0], split=place[1]) if c["b"][0] == "" and c["b"][1] in opponents}
         if found:
             table[place] = found
     if not table:
-        return ["Whether EIMF helps cannot be said yet: no run of EIMF(REMI) together with its backbone or a control has finished."]
-    name = lambda place: f"{place[0]} ({place[1]})"  # noqa: E731
+        return "Whether EIMF helps cannot be said yet: no run of EIMF(REMI) together with its backbone or a control has finished.", []
+    def clauses(b, kind):
+        found = [(p, table[p][b]) for p in table if b in table[p]]
+        return listed([f"{p[0]}, {p[1]} ({signed(c['gain'])}, {p_value(worst_p(c))})" for p, c in found if kind_of(c["verdict"]) == kind])
+
     all_three = [p for p, found in table.items() if len(found) == 3 and all(c["verdict"] == "better" for c in found.values())]
     unfinished = [p for p, found in table.items() if len(found) < 3]
-    first = ("EIMF(REMI) beats its backbone and both controls on " + listed(map(name, all_three)) if all_three else
-             "On none of the data sets run so far does EIMF(REMI) significantly beat its backbone and both controls")
     others = [p for p in table if p not in all_three and p not in unfinished]
-    if all_three and others:
-        first += ", not on " + listed(map(name, others))
-    sentences = [first + "."]
+    first = ("EIMF(REMI) beats its backbone and both controls on " + listed(map(", ".join, all_three)) if all_three else
+             "On none of the data sets run so far does EIMF(REMI) significantly beat its backbone and both controls")
+    sentences = [first + (", not on " + listed(map(", ".join, others)) if all_three and others else "") + "."]
     for b, what in opponents.items():
-        better = [name(p) for p, found in table.items() if b in found and found[b]["verdict"] == "better"]
-        worse = [name(p) for p, found in table.items() if b in found and found[b]["verdict"] == "worse"]
-        rest = [name(p) for p, found in table.items() if b in found and found[b]["verdict"] not in ("better", "worse")]
-        said = [f"better on {listed(better)}"] * bool(better) + [f"worse on {listed(worse)}"] * bool(worse) + \
-            [f"no significant difference on {listed(rest)}"] * bool(rest)
-        sentences.append(f"Against {what}: {'; '.join(said) if said else 'not run yet'}.")
-    for place, found in table.items():
-        for b, c in found.items():
-            details.append(f"{name(place)} against {opponents[b]}: {signed(c['gain'])} Recall@50, {c_interval(c)}, {p_values(c)}: {c['verdict']}.")
+        said = [f"{words} {clauses(b, kind)}" for kind, words in KINDS.items() if clauses(b, kind)]
+        sentences.append(f"Against {what} it is {'; '.join(said)}." if said else f"Against {what} nothing has been run yet.")
     if unfinished:
-        sentences.append(f"Not all of these runs are finished on {listed(map(name, unfinished))}.")
-    return sentences + details
+        sentences.append(f"Not all of these runs are finished on {listed(map(', '.join, unfinished))}.")
+    details = [f"{', '.join(place)}, against {opponents[b]}: {signed(c['gain'])} Recall@50, 95 % interval {signed(c['low'])} to "
+               f"{signed(c['high'])}, {p_values(c)}: {c['verdict']}." for place, found in table.items() for b, c in found.items()]
+    return " ".join(sentences), details
 
 
-def c_interval(c):
-    return f"95 % interval {signed(c['low'])} to {signed(c['high'])}"
+KINDS = {"better": "significantly better on", "worse": "significantly worse on", "half": "different by one of the two tests only, which is not "
+         "enough, on", "none": "not significantly different on"}
+
+
+def kind_of(verdict):
+    """Key of KINDS for a comparison's verdict."""
+    return verdict if verdict in ("better", "worse") else "none" if verdict == "not significant" else "half"
+
+
+def worst_p(c):
+    """The larger of the adjusted p-values."""
+    return max(p for p in (c["p_users_holm"], c["p_seeds_holm"]) if p is not None)
 
 
 def listed(names):
-    names = list(names)
-    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1] if names else "none"
+    """"a, b and c"; "" for nothing."""
+    *first, last = list(names) or [""]
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def cell(entry, metric, paper=None):
     """Ours, with the standard deviation over seeds; the interval; the paper's number and the difference with its interval."""
     if entry is None:
-        return "" if paper is None else f"not run\npaper {number(paper)}"
+        return "not run" + (f"\npaper {number(paper)}" if paper is not None else "")
     m = entry["metrics"][metric]
     lines = [number(m["mean"]) + (f" ± {number(m['sd'])}" if m["sd"] is not None else "")]
     if paper is None:
@@ -157,12 +177,18 @@ def model_table(n, dataset, split, models, columns, caption, published=True):
     return [("table", ["model", "seeds", *columns.values()], rows, caption)]
 
 
-def comparison_table(found, caption, what=lambda c: [label(*c["a"]), label(*c["b"])], header=("model", "against")):
-    """Gains with intervals, both p-values before and after Holm's correction, verdict."""
-    rows = [[c["dataset"], c["split"], *what(c), str(c["seeds"]), str(c["users"]), f"{signed(c['gain'])}\n{interval(c['low'], c['high'])}",
+def comparison_table(found, caption, against="b"):
+    """Gains with intervals, both p-values before and after Holm's correction, verdict. The column names model `against`."""
+    rows = [[where(c), label(*c[against]), str(c["seeds"]), str(c["users"]), f"{signed(c['gain'])}\n{interval(c['low'], c['high'])}",
              f"{p_value(c['p_users_holm'])}\nraw {p_value(c['p_users'])}",
              f"{p_value(c['p_seeds_holm'])}\nraw {p_value(c['p_seeds'])}" if c["p_seeds"] is not None else "one seed", c["verdict"]] for c in found]
-    return [("table", ["data", "split", *header, "seeds", "users", "gain in Recall@50", "over users", "over seeds", "verdict"], rows, caption)] if rows else []
+    column = "against" if against == "b" else "model"
+    header = ["data", column, "seeds", "users", "gain in Recall@50", "over users", "over seeds", "verdict"]
+    return [("table", header, rows, caption)] if rows else []
+
+
+def where(entry):
+    return f"{entry['dataset']}, {entry['split']}"
 
 
 def new_axes(width, height):
@@ -191,81 +217,85 @@ def plot_gains(found):
 
 def plot_ablations(n, places):
     """Recall@50 of the whole model, its parts left out, and the backbone, one panel a data set."""
-    fig, axes = plt.subplots(1, len(places), figsize=(4.7 * len(places), 3.4), constrained_layout=True, squeeze=False)
+    fig, axes = plt.subplots(1, len(places), figsize=(max(8, 4.6 * len(places)), 3.2), constrained_layout=True, squeeze=False)
     for axis, place in zip(axes[0], places):
         names = [m for m in ("remi-eimf", *ABLATIONS, "remi") if (*place, "", m) in n.models]
+        differences = {c["b"][1]: c for f in ("fig3", "help") for c in n.comparisons(f, dataset=place[0], split=place[1]) if not c["b"][0]}
+        ends = []
         for y, model in enumerate(reversed(names)):
-            entry = n.models[(*place, "", model)]
-            m = entry["metrics"]["recall@50"]
-            axis.barh(y, m["mean"], color=COLOURS[0] if model == "remi-eimf" else COLOURS[4] if model == "remi" else COLOURS[5], height=.65,
-                      hatch="" if model == "remi-eimf" else "//" if model == "remi" else "..", edgecolor="white")
-            axis.errorbar(m["mean"], y, xerr=[[m["mean"] - m["low"]], [m["high"] - m["mean"]]], color="#222", capsize=3, linewidth=1)
-            axis.plot(entry["by_seed"], [y] * len(entry["by_seed"]), "k.", markersize=4)
-        values = [n.models[(*place, "", m)]["metrics"]["recall@50"] for m in names]
+            entry, c = n.models[(*place, "", model)], differences.get(model)
+            mean = entry["metrics"]["recall@50"]["mean"]
+            colour, hatch = {"remi-eimf": (COLOURS[0], ""), "remi": (COLOURS[4], "//")}.get(model, (COLOURS[5], ".."))
+            axis.barh(y, mean, color=colour, height=.65, hatch=hatch, edgecolor="white")
+            if c:
+                axis.errorbar(mean, y, xerr=[[c["high"] - c["gain"]], [c["gain"] - c["low"]]], color="#222", capsize=3, linewidth=1)
+                ends += [mean - c["high"] + c["gain"]]
+            axis.plot(entry["by_seed"], [y] * len(entry["by_seed"]), "o", color="black", markersize=3)
+            ends += entry["by_seed"]
         axis.set_yticks(range(len(names)), [label("", m) for m in reversed(names)], fontsize=9)
-        axis.set(title=f"{place[0]}, {place[1]}", xlabel="Recall@50", xlim=(max(0, min(v["low"] for v in values) - .02), None))
+        axis.set(title=f"{place[0]}, {place[1]}", xlabel="test Recall@50", xlim=(max(0, min(ends) - .01), None))
         axis.spines[["top", "right"]].set_visible(False)
-    return figure(fig, "Figure 3: what each part of EIMF contributes. Dots: seeds; whiskers: 95 % interval over test users. The axis does not start at 0.")
+    return figure(fig, "Figure 3: what each part of EIMF contributes. Dots: seeds; whiskers: 95 % interval of the difference from EIMF(REMI), "
+                       "paired by test user. The axis does not start at 0.")
 
 
 def plot_preference(n, place):
     """Figure 4: recall against the number of LLM calls, the share of typical users on the second axis."""
-    fig, axis = new_axes(8, 4)
-    points = [(n.all["clusters"][e["folder"]], e) for v in ("", *PREFERENCES) if (e := n.models.get((*place, v, "remi-eimf")))]
+    fig, axis = new_axes(9, 4)
+    points = [(n.all["clusters"].get(e["folder"]), e) for v in ("", *PREFERENCES) if (e := n.models.get((*place, v, "remi-eimf")))]
     points = sorted((p for p in points if p[0]), key=lambda p: p[0]["calls"])
-    calls, mean = [f["calls"] for f, _ in points], np.array([e["metrics"]["recall@50"]["mean"] for _, e in points])
-    bounds = np.array([[e["metrics"]["recall@50"][k] for _, e in points] for k in ("low", "high")])
-    axis.errorbar(calls, mean, yerr=np.abs(bounds - mean), color=COLOURS[0], marker="o", capsize=3, linewidth=1.6, label="EIMF(REMI)")
+    calls, mean = [f["calls"] for f, _ in points], [e["metrics"]["recall@50"]["mean"] for _, e in points]
+    gains = {c["a"][0]: c for c in n.comparisons("cost", dataset=place[0], split=place[1])}
+    found = [gains.get(e["variant"], {"gain": 0, "low": 0, "high": 0}) for _, e in points]
+    axis.errorbar(calls, mean, yerr=[[c["gain"] - c["low"] for c in found], [c["high"] - c["gain"] for c in found]], color=COLOURS[0], marker="o",
+                  capsize=3, linewidth=1.6, label="EIMF(REMI)")
     for facts, entry in points:
         axis.plot([facts["calls"]] * len(entry["by_seed"]), entry["by_seed"], ".", color="#444", markersize=4)
-        axis.annotate(f"p = {facts['preference']:.3g}", (facts["calls"], entry["metrics"]["recall@50"]["high"]), xytext=(0, 4), rotation=60,
-                      textcoords="offset points", fontsize=8, ha="left")
     backbone = n.models.get((*place, "", "remi"))
     if backbone:
-        m = backbone["metrics"]["recall@50"]
-        axis.axhline(m["mean"], color=COLOURS[1], linestyle="--", label="REMI alone")
-        axis.axhspan(m["low"], m["high"], color=COLOURS[1], alpha=.12)
+        axis.axhline(backbone["metrics"]["recall@50"]["mean"], color=COLOURS[1], linestyle="--", label="REMI alone")
+        for value in backbone["by_seed"]:
+            axis.axhline(value, color=COLOURS[1], linewidth=.6, alpha=.5)
     axis.set(xscale="log", xlabel="LLM calls (one for each typical user)", ylabel="test Recall@50")
     axis.set_xticks(calls, [str(c) for c in calls], fontsize=8)
     axis.minorticks_off()
     top = axis.secondary_xaxis("top")
-    top.set_xticks(calls, [f"{100 * f['fraction']:.3g} %" for f, _ in points], fontsize=8)
+    top.set_xticks(calls, [f"{100 * f['fraction']:.3g} %\n{preference_text(f)}" for f, _ in points], fontsize=7)
     top.minorticks_off()
-    top.set_xlabel("share of training users that are typical users")
-    axis.margins(y=.25)
-    axis.legend(frameon=False, fontsize=9, loc="lower right")
+    top.set_xlabel("share of training users that are typical users; below it, preference p", fontsize=9)
+    axis.legend(frameon=False, fontsize=9, loc="best")
     axis.grid(axis="y", alpha=.3)
     answers = "recorded LLM answers" if points[0][0]["llm"] == "recorded" else f"interests by: {points[0][0]['llm']}"
-    return figure(fig, f"Figure 4, {place[0]} ({place[1]}, {answers}): recall against LLM cost. Whiskers and band: 95 % interval over test users; dots: seeds.")
+    return figure(fig, f"Figure 4, {place[0]} ({place[1]}, {answers}): recall against LLM cost. Whiskers: 95 % interval of the gain over REMI alone, "
+                       "paired by test user; dots and thin lines: seeds.")
+
+
+def preference_text(facts):
+    return "not searched" if facts["preference"] is None else f"{facts['preference'] + 0:.2g}"  # + 0 turns -0 into 0
 
 
 def blocks(numbers):
     """The whole report."""
     n = Numbers(numbers)
-    sentences = headline(n)
-    four = next((i for i, s in enumerate(sentences) if s.startswith("Against the control with shuffled")), 0) + 1
-    out = [("p", " ".join(sentences[:four])), ("list", sentences[four:])] if len(sentences) > 1 else [("p", sentences[0])]
-    out += [("p", "How to read this. Ours is the mean over seeds ± its standard deviation over seeds. Brackets are 95 % bootstrap intervals over test users "
-                  "(of the difference from the paper, where there is a published number: the paper gives no spread of its own). \"Better\" and \"worse\" are said only "
-                  "if two paired tests agree at .05 after Holm's correction within the table: Student's t over test users, each user's values averaged over seeds, and Student's t over "
-                  "seeds, paired by seed. The metric tested is Recall@50, by which models are selected on validation users.")]
+    paragraph, details = headline(n)
+    out = [("p", paragraph)] + [("list", details)] * bool(details)
+    out += [("p", HOW_TO_READ)]
     out += table_1(n)
     out += [("h2", "Tables 2 and 3: all models")]
-    for dataset in numbers["datasets"]:
-        title = {"Office": "Table 3"}.get(dataset, "Table 2")
+    for dataset in sorted(numbers["datasets"], key=lambda d: d == "Office"):
+        title = "Table 3" if dataset == "Office" else "Table 2"
         out += model_table(n, dataset, "file-order", (*BASELINES, "remi-eimf"), SHOWN, f"{title}: {dataset}, file-order split")
-    out += comparison_table(n.comparisons("baselines"), "EIMF(REMI) against each model")
+    out += comparison_table(n.comparisons("baselines"), "EIMF(REMI) against each other model")
     out += [("h2", "Does EIMF help? The backbone and the controls")]
     found = n.comparisons("help")
     if found:
-        out += [("p", "Random text: vectors of the same shapes without meaning. Shuffled clusters: the same interests for the wrong users. Random typical users: as many, drawn at "
-                      "random. Category phrases: the offline summariser's words in place of the LLM's."), ("figure", "gains", plot_gains(found))]
+        out += [("p", ABOUT_CONTROLS), ("figure", "gains", plot_gains(found))]
     out += comparison_table(found, "EIMF(REMI) against its backbone and the controls") or [("p", "Nothing of this has been run yet.")]
     out += [("h2", "Table 4: other backbones, with and without EIMF")]
     for dataset in ("Office", "Beauty", *(d for d in numbers["datasets"] if d not in ("Office", "Beauty", "Grocery"))):
         pairs = [m for b in TAUGHT for m in (b, f"{b}-eimf")]
         out += model_table(n, dataset, "file-order", pairs, {m: SHOWN[m] for m in ("recall@50", "hr@50")}, f"Table 4: {dataset}, file-order split")
-    out += comparison_table(n.comparisons("table4"), "Each backbone with EIMF against the same without")
+    out += comparison_table(n.comparisons("table4"), "With EIMF, against the same backbone without", "a")
     out += [("h2", "Figure 3: ablations")]
     places = [p for p in n.places if any((*p, "", m) in n.models for m in ABLATIONS)]
     out += [("figure", "fig3", plot_ablations(n, places))] if places else []
@@ -280,10 +310,10 @@ def table_1(n):
     rows = []
     for dataset, facts in n.all["datasets"].items():
         paper = dict(zip(names, facts["paper"] or ()))
-        rows.append([dataset, *(f"{facts['stats'][k]:,}" + (f"\npaper {paper[k]:,}\n{facts['stats'][k] - paper[k]:+,}" if paper else "") for k in names),
-                     f"{facts['stats']['interactions'] / facts['stats']['users']:.2f}",
-                     f"{100 * facts['stats']['interactions'] / facts['stats']['users'] / facts['stats']['items']:.3f} %",
-                     f"{facts['stats'].get('items_with_title', 0):,}"])
+        ours = facts["stats"]
+        rows.append([dataset, *(f"{ours[k]:,}" + (f"\npaper {paper[k]:,}\n{ours[k] - paper[k]:+,}" if paper else "") for k in names),
+                     f"{ours['interactions'] / ours['users']:.2f}", f"{100 * ours['interactions'] / ours['users'] / ours['items']:.3f} %",
+                     f"{ours.get('items_with_title', 0):,}"])
     return [("h2", "Table 1: data"), ("table", ["data", *names, "events a user", "density", "titled items"], rows, "after filtering")]
 
 
@@ -296,19 +326,18 @@ def preference(n):
             entry = n.models.get((*place, variant, "remi-eimf"))
             facts = n.all["clusters"].get(entry["folder"]) if entry else None
             if facts:
-                rows.append([label(variant, "remi-eimf") if variant else "main", f"{facts['preference']:.4g}", f"{100 * facts['fraction']:.1f} %", f"{facts['calls']:,}",
-                             str(len(entry["seeds"])), cell(entry, "recall@50"), cell(entry, "hr@50")])
+                rows.append([label(variant, "remi-eimf").partition(", ")[2] or "main", preference_text(facts), f"{100 * facts['fraction']:.1f} %",
+                             f"{facts['calls']:,}", str(len(entry["seeds"])), cell(entry, "recall@50"), cell(entry, "hr@50")])
         best = n.all["datasets"].get(place[0], {}).get("best_preference")
-        out += [("table", ["typical users", "p", "share", "LLM calls", "seeds", "Recall@50", "HR@50"], rows, f"{place[0]}, {place[1]}"
-                 + (f". The paper's best: Recall@50 {number(best[1])} at p = {best[0]}, on its own encoder's scale" if best else ""))]
-    return out + (comparison_table(n.comparisons("fig4"), "Each choice of typical users against the main one")
-                  or [("p", "Nothing of this has been run yet.")])
+        paper = f". The paper's best: Recall@50 {number(best[1])} at p = {best[0]}, on its own encoder's scale" if best else ""
+        out += [("table", ["typical users", "p", "share", "LLM calls", "seeds", "Recall@50", "HR@50"], rows, ", ".join(place) + paper)]
+    tables = comparison_table(n.comparisons("cost"), "Each choice of typical users, against REMI alone", "a")
+    tables += comparison_table(n.comparisons("fig4"), "Each choice of typical users, against the main one", "a")
+    return out + (tables if len(out) > 1 else [("p", "Nothing of this has been run yet.")])
 
 
 def splits(n):
-    out = [("h2", "Both splits, and NDCG"),
-           ("p", "The published numbers use the file-order split, whose test users share late items; the random split is the one to expect on new users. Set order repeats the published NDCG "
-                 "computation, which ignores ranks; it is there for the published columns only.")]
+    out = [("h2", "Both splits, and NDCG"), ("p", ABOUT_SPLITS)]
     for dataset in n.all["datasets"]:
         for split in ("file-order", "random"):
             models = [m for m in (*BASELINES, *OTHERS, "remi-eimf", *CONTROLS) if (dataset, split, "", m) in n.models]
@@ -318,22 +347,25 @@ def splits(n):
 
 
 def parts(n):
-    rows = []
+    rows, models = [], ("remi", "remi-eimf", *CONTROLS)
     for part in n.all["parts"]:
         c = next(iter(n.comparisons("parts", dataset=part["dataset"], split=part["split"], kind=part["kind"], part=part["part"])), None)
-        rows.append([part["dataset"], part["split"], PARTS[part["kind"]].format(part["part"]), str(part["users"]),
-                     *(number(part["recall"][m]) if m in part["recall"] else "" for m in ("remi", "remi-eimf", *CONTROLS)),
-                     f"{signed(c['gain'])}\n{interval(c['low'], c['high'])}" if c else "", f"{c['verdict']}\n{p_values(c)}" if c else ""])
-    return [("h2", "Short histories and cold items"), ("table", ["data", "split", "part", "users", *(label("", m) for m in ("remi", "remi-eimf", *CONTROLS)), "gain of EIMF", "verdict"],
-                                                      rows, "Recall@50 within parts of the test users, and for parts of their target items alone")] if rows else []
+        rows.append([where(part), PARTS[part["kind"]].format(part["part"]), str(part["users"]),
+                     *(number(part["recall"][m]) if m in part["recall"] else "" for m in models),
+                     *([f"{signed(c['gain'])}\n{interval(c['low'], c['high'])}", f"{c['verdict']}\n{p_value(worst_p(c))}"] if c else [""] * 2)])
+    header = ["data", "part", "users", "REMI", "EIMF(REMI)", "random text", "shuffled", "gain of EIMF", "verdict"]
+    caption = "Recall@50 within parts of the test users, and for parts of their target items alone"
+    return [("h2", "Short histories and cold items"), ("table", header, rows, caption)] if rows else []
 
 
 def cost(n):
-    rows = [[m["dataset"], m["split"], label(m["variant"], m["model"]), str(len(m["seeds"])), f"{c['minutes']:.1f}", f"{c['iterations']:,.0f}", f"{c['best_iteration']:,.0f}",
-             f"{c['milliseconds_per_step']:.0f}", f"{c['peak_memory_mib']:.0f}", "" if m["cosine"] is None else f"{m['cosine']:.2f}"]
-            for m in n.all["models"] if (c := m["cost"]) and m["model"] != "pop"]
-    return [("h2", "Training cost"), ("table", ["data", "split", "model", "seeds", "minutes a run", "steps", "best step", "ms a step", "peak MiB", "interest cosine"], rows,
-                                      "means over seeds, evaluation included in the minutes; runs shared the machine with each other. Interest cosine: mean over pairs of a test user's interests")] if rows else []
+    rows = [[where(m), label(m["variant"], m["model"]), str(len(m["seeds"])), f"{c['minutes']:.1f}", f"{c['iterations']:,.0f}",
+             f"{c['best_iteration']:,.0f}", f"{c['milliseconds_per_step']:.0f}", f"{c['peak_memory_mib']:.0f}",
+             "" if m["cosine"] is None else f"{m['cosine']:.2f}"] for m in n.all["models"] if (c := m["cost"]) and m["model"] != "pop"]
+    header = ["data", "model", "seeds", "minutes a run", "steps", "best step", "ms a step", "peak MiB", "cosine"]
+    caption = ("means over seeds. Minutes include the evaluation; runs shared the machine with each other. Cosine: between the interests of a "
+               "test user, mean over pairs")
+    return [("h2", "Training cost"), ("table", header, rows, caption)] if rows else []
 
 
 def run_deviations(n):
@@ -343,31 +375,46 @@ def run_deviations(n):
         facts = n.all["clusters"].get(folder_of(dataset, "file-order"))
         if facts:
             llm.setdefault(facts["llm"], []).append(dataset)
-    out = [f"Explicit interests on {listed(names)}: " + {
-        "offline": "the offline summariser's category phrases, no LLM.",
-        "recorded": "recorded answers of a large language model under the paper's prompt, not qwen-turbo."}.get(kind, f"{kind}.") for kind, names in llm.items()]
-    out += [f"All models share the training arguments `{n.all['train_args']}`." if n.all["train_args"] else "All models are trained with stage 06's defaults."]
-    out += [f"{d} has no item titles here, so its EIMF cells are empty; with the public metadata the same command fills them." for d in n.all["no_titles"]]
-    out += [f"{d}'s counts differ from the paper's, so it is another version of the data." for d, f in n.all["datasets"].items() if f["paper"] and not f["matches"]]
-    return out
+    about = {"offline": "the offline summariser's category phrases, no LLM.",
+             "recorded": "recorded answers of a large language model under the paper's prompt, not qwen-turbo."}
+    out = [f"Explicit interests on {listed(names)}: {about.get(kind, kind + '.')}" for kind, names in llm.items()]
+    shared = n.all["train_args"]
+    out += [f"All models share the training arguments `{shared}`." if shared else "All models are trained with stage 06's defaults."]
+    out += [f"{d} has no item titles here, so its EIMF cells are empty; with the public metadata the same command fills them."
+            for d in n.all["no_titles"]]
+    return out + [f"{d}'s counts differ from the paper's, so it is another version of the data."
+                  for d, facts in n.all["datasets"].items() if facts["paper"] and not facts["matches"]]
 
 
 def provenance(n):
     out = [("h2", "What is behind each number"),
-           ("p", "RAW_DIR and LLM_DIR stand for the folders of raw files and recorded answers; --seed of the first run is shown, the others differ in it and in the run's name.")]
+           ("p", "RAW_DIR and LLM_DIR stand for the folders of raw files and recorded answers. The first seed's command is shown; the others "
+                 "differ in --seed and --run.")]
     machines = list(dict.fromkeys(str(m) for e in n.all["models"] for m in e["machines"]))
-    described = [f"{m['cpu']}, {m['cores']} cores, {m['gpu'] or 'no GPU'}" for m in {str(x): x for e in n.all["models"] for x in e["machines"]}.values()]
+    unique = {str(m): m for e in n.all["models"] for m in e["machines"]}.values()
+    described = [f"{m['cpu']}, {m['cores']} cores, {m['gpu'] or 'no GPU'}" for m in unique]
     out += [("list", [f"machine {i + 1}: {text}" for i, text in enumerate(described)])] if described else []
-    rows = [[f"{e['folder']}: {label(e['variant'], e['model'])}", ", ".join(map(str, e["seeds"])), ", ".join(e["commits"]),
-             ", ".join(str(machines.index(str(m)) + 1) for m in e["machines"]) or "unknown", f"{e['cost']['minutes'] * len(e['seeds']):.0f}", e["commands"][0]] for e in n.all["models"]]
-    out += [("table", ["model", "seeds", "commit", "machine", "minutes", "command"], rows, "then python stages/07_evaluate.py with the same --dataset and --run")] if rows else []
+    rows = [[f"{where(e)}: {label(e['variant'], e['model'])}", ", ".join(map(str, e["seeds"])), ", ".join(e["commits"]),
+             ", ".join(str(machines.index(str(m)) + 1) for m in e["machines"]) or "unknown",
+             f"{e['cost']['minutes'] * len(e['seeds']):.0f}", e["commands"][0]] for e in n.all["models"]]
+    caption = "then python stages/07_evaluate.py with the same --dataset and --run"
+    out += [("table", ["model", "seeds", "commit", "machine", "minutes", "command"], rows, caption)] if rows else []
     left = n.all["remaining"]
     if any(runs for runs, _ in left.values()):
         total = sum(s for _, s in left.values())
         out += [("h2", "What remains to be run"),
-                ("list", [f"{GROUPS[g]} (`--only {g}`): {runs} runs, about {s / 3600:.1f} hours one after the other" for g, (runs, s) in left.items() if runs]),
+                ("list", [f"{GROUPS[g]} (`--only {g}`): {runs} runs, about {s / 3600:.1f} hours one after the other"
+                          for g, (runs, s) in left.items() if runs]),
                 ("p", f"Together about {total / 3600:.0f} hours of one run at a time on this machine; the same command goes on.")]
     return out
+
+
+PAGE_STYLE = """
+body { max-width: 76rem; } small { color: #666; } td { vertical-align: top; } td:last-child { white-space: normal; min-width: 8rem; }
+.left { text-align: left; } table { margin-bottom: 1.2rem; } caption { caption-side: top; font-weight: 600; } .lead { font-size: 1.15rem; }
+h2 { margin-top: 2.5rem; } code { font-size: .85em; } @media (prefers-color-scheme: dark) { small { color: #aaa; } }
+@media print { body { max-width: none; font-size: 10pt; } .scroll { overflow: visible; } figure, tr { break-inside: avoid; } }
+"""
 
 
 def to_markdown(title, parts_):
@@ -392,20 +439,19 @@ def to_html(title, parts_):
     def text(value):
         return re.sub("`(.*?)`", r"<code>\1</code>", html.escape(value))
 
-    def cell_html(tag, value):
+    def cell_html(left, tag, value):
         first, *rest = value.split("\n")
-        return f"<{tag}>{text(first)}{''.join(f'<br><small>{text(r)}</small>' for r in rest)}</{tag}>"
+        return f"<{tag}{' class=left' * left}>{text(first)}{''.join(f'<br><small>{text(r)}</small>' for r in rest)}</{tag}>"
 
-    out = ["<style>body { max-width: 76rem; } small { color: #666; } td { vertical-align: top; } td:last-child { white-space: normal; min-width: 8rem; } "
-           "caption { caption-side: top; font-weight: 600; } .lead { font-size: 1.15rem; } h2 { margin-top: 2.5rem; } code { font-size: .85em; } "
-           "@media (prefers-color-scheme: dark) { small { color: #aaa; } } @media print { body { max-width: none; font-size: 10pt; } .scroll { overflow: visible; } "
-           "figure, tr { break-inside: avoid; } }</style>"]
+    out = [f"<style>{PAGE_STYLE}</style>"]
     for number_, (kind, *content) in enumerate(parts_):
         if kind == "table":
             header, rows, caption = content
-            head = "".join(cell_html("th", h) for h in header)
-            body = "".join("<tr>" + "".join(cell_html("td", c) for c in row) + "</tr>" for row in rows)
-            out.append(f'<div class="scroll"><table><caption>{text(caption[:1].upper() + caption[1:])}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
+            left = [h in TEXT_COLUMNS for h in header]
+            head, *body = ("<tr>" + "".join(map(cell_html, left, [tag] * len(row), row)) + "</tr>" for tag, row in
+                           [("th", header), *(("td", row) for row in rows)])
+            out.append(f'<div class="scroll"><table><caption>{text(caption[:1].upper() + caption[1:])}</caption><thead>{head}</thead>'
+                       f'<tbody>{"".join(body)}</tbody></table></div>')
         elif kind == "figure":
             out.append(content[1])
         elif kind in ("list", "ordered"):

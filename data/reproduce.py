@@ -121,7 +121,7 @@ def tasks_of(runs, args, answers):
             key, "events", [["stages/01_preprocess.py", "--dataset", key, *source]], dataset, rank))
         if not needs_text:
             return events
-        cluster, infer = (shlex.split(flags) for flags in VARIANTS[variant])
+        cluster, infer, _ = (shlex.split(flags) for flags in VARIANTS[variant])
         if not infer and dataset in answers:
             infer = ["--llm", "recorded", "--responses", f"LLM_DIR/{answers[dataset]}", "--match", "user"]
         extra = dict(zip(TEXT_STAGES, ([], cluster, infer, [])))
@@ -133,7 +133,8 @@ def tasks_of(runs, args, answers):
             prepare(dataset, "file-order", "", False, 0)
     for run, (rank, _) in runs.items():
         before = prepare(run.dataset, run.split, run.variant, run.model in NEED_TEXT, rank)
-        train = ["stages/06_train.py", "--dataset", run.folder, "--run", run.name, *shlex.split(MODELS[run.model]), "--seed", str(run.seed)]
+        train = ["stages/06_train.py", "--dataset", run.folder, "--run", run.name, *shlex.split(MODELS[run.model]),
+                 *shlex.split(VARIANTS[run.variant][2]), "--seed", str(run.seed)]
         tasks[run.folder, run.name] = Task(
             run.folder, run.name, [train + shlex.split(args.train_args), ["stages/07_evaluate.py", "--dataset", run.folder, "--run", run.name]],
             run.dataset, rank, run, [before])
