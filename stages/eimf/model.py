@@ -11,10 +11,6 @@ from torch import nn
 
 from . import backbones
 
-# Spread of the initial item vectors. The REMI authors' code has sqrt(2 / D) = 0.18. Validation Recall@50 after 7,200 steps, one
-# seed, file order, REMI and EIMF: Office .199 and .227 with 0.05, .205 and .227 with 0.02; Beauty .208 and .237, .205 and .233.
-INIT_STD = 0.05
-
 
 class BehaviouralModel(nn.Module):
     """history (B, L) int64 -> interests (B, K, D), routing (B, K, L). Items are scored by dot products with `tables()[1]`.
@@ -27,7 +23,7 @@ class BehaviouralModel(nn.Module):
         super().__init__()
         self.temperature, self.precision = args.score_temperature, precision
         self.items = nn.Embedding(n_items + 1, args.dim, padding_idx=0)
-        nn.init.normal_(self.items.weight[1:], std=INIT_STD)
+        nn.init.normal_(self.items.weight[1:], std=args.init_std)
         self.text_map = None
         if args.item_text == "init":
             with torch.no_grad():
@@ -35,7 +31,7 @@ class BehaviouralModel(nn.Module):
         if args.item_text == "add":
             self.register_buffer("text", torch.from_numpy(item_text).to(precision), persistent=False)
             self.text_map = nn.Linear(item_text.shape[1], args.dim, bias=False)
-            nn.init.normal_(self.text_map.weight, std=INIT_STD)  # unit text vectors, so the sum starts in the table's own scale
+            nn.init.normal_(self.text_map.weight, std=args.init_std)  # unit text vectors, so the sum starts in the table's own scale
         self.backbone = backbones.build(args.backbone, args.dim, args.interests, args.max_len, args.dropout)
 
     def tables(self):
