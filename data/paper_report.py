@@ -9,7 +9,6 @@ import re
 import shutil
 
 import matplotlib.pyplot as plt
-import numpy as np
 
 from eimf.artifacts import atomic, save_json
 from eimf.report import COLOURS, figure, html_page, markdown_table
