@@ -9,7 +9,6 @@ import re
 import shutil
 
 import matplotlib.pyplot as plt
-import numpy as np
 
 from eimf.artifacts import atomic, save_json
 from eimf.report import COLOURS, figure, html_page, markdown_table
@@ -23,7 +22,7 @@ LABELS |= dict(zip(ABLATIONS, ("without alignment", "without semantic prediction
 VARIANT_LABELS = {"random-typical": "random typical users", "phrases": "category phrases instead of LLM answers", "every-user": "every user prompted"}
 SHOWN = {"recall@20": "Recall@20", "recall@50": "Recall@50", "hr@20": "HR@20", "hr@50": "HR@50"}
 NDCG = {"ndcg@20": "NDCG@20", "ndcg@50": "NDCG@50", "ndcg_published@20": "set order @20", "ndcg_published@50": "set order @50"}
-PARTS = {"history": "histories of {} events", "target": "targets seen {} times in training"}
+PARTS = {"history": "histories of {} events", "target": "targets seen {} times"}
 TEXT_COLUMNS = ("data", "split", "model", "against", "verdict", "part", "command", "typical users")
 GROUPS = dict(zip(NAMES, ("Table 1", "Does EIMF help?", "both splits", "further controls", "Table 2", "Table 3", "Figure 3", "Figure 4", "Table 4",
                           "further backbones")))
@@ -354,7 +353,7 @@ def parts(n):
                      *(number(part["recall"][m]) if m in part["recall"] else "" for m in models),
                      *([f"{signed(c['gain'])}\n{interval(c['low'], c['high'])}", f"{c['verdict']}\n{p_value(worst_p(c))}"] if c else [""] * 2)])
     header = ["data", "part", "users", "REMI", "EIMF(REMI)", "random text", "shuffled", "gain of EIMF", "verdict"]
-    caption = "Recall@50 within parts of the test users, and for parts of their target items alone"
+    caption = "Recall@50 within parts of the test users, and of their target items, by how often training has seen these"
     return [("h2", "Short histories and cold items"), ("table", header, rows, caption)] if rows else []
 
 

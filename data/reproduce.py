@@ -81,6 +81,8 @@ def duration(text):
 
 def shown(seconds):
     minutes = round(seconds / 60)
+    if not minutes:
+        return f"{seconds:.0f} s"
     return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"
 
 
