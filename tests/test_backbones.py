@@ -586,9 +586,10 @@ def test_unknown_defaults_are_refused(stage06, tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [
-    ["--backbone", "own"], ["--backbone", "own", "--eimf"], ["--backbone", "llm2bert4rec"],
-    ["--backbone", "bert4rec-cloze", "--eimf", "--loss", "sampled", "--sampling", "popularity", "--no-align-item"],
-    ["--backbone", "comirec-dr", "--loss", "gbce"],
+    ["--backbone", "own", "--eimf"],
+    *(pytest.param(rest, marks=pytest.mark.slow) for rest in (
+        ["--backbone", "own"], ["--backbone", "llm2bert4rec"], ["--backbone", "comirec-dr", "--loss", "gbce"],
+        ["--backbone", "bert4rec-cloze", "--eimf", "--loss", "sampled", "--sampling", "popularity", "--no-align-item"])),
 ])
 def test_stage_06_trains_and_exports(train, own, tmp_path, arguments):
     name = "".join(arguments).replace("--", "-").strip("-")

@@ -240,7 +240,7 @@ BEYOND_THE_PAPER = ["--item-text", "add", "--text-dim", "6", "--dropout", "0.3",
                     "--weight-decay", "0.01", "--score-temperature", "0.1", "--precision", "bfloat16"]
 
 
-@pytest.mark.parametrize("extra", [[], BEYOND_THE_PAPER], ids=["paper", "beyond"])
+@pytest.mark.parametrize("extra", [pytest.param([], id="paper"), pytest.param(BEYOND_THE_PAPER, id="beyond", marks=pytest.mark.slow)])
 def test_killed_and_resumed_ends_with_the_same_files(finished, train, tiny, root, extra):
     """kill -9 twice in the middle of training; the third start finishes with the files of an uninterrupted run."""
     if extra:
