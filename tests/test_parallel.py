@@ -93,6 +93,14 @@ def test_a_lost_process_ends_the_run_and_one_process_goes_on(tiny, root):
     assert_same_training(whole, folder)
 
 
+def test_a_rank_ends_without_the_interpreters_shutdown(root):
+    """There threads of torch.distributed could abort a process whose work is done; output must still be written out."""
+    script = "import atexit, os; from eimf import artifacts; atexit.register(os.abort); artifacts.run(lambda: print('written'))"
+    ends = [subprocess.run([sys.executable, "-c", script], env=os.environ | {"WORLD_SIZE": world, "PYTHONPATH": str(root / "stages")},
+                           capture_output=True, text=True, timeout=PATIENCE) for world in ("1", "2")]
+    assert [end.returncode for end in ends] == [-signal.SIGABRT, 0] and ends[1].stdout == "written\n"
+
+
 def test_a_mistake_is_reported_once(tiny, root):
     code, _, errors = finish(torchrun(root, "06_train.py", *flags(tiny, "--run", "mistake", "--batch-size", "7")))
     reported = [line for line in errors.splitlines() if line.startswith("error: ")]
