@@ -68,6 +68,7 @@ def parse(argv):
     add("--dim", type=int, default=64, help="D, size of item and interest vectors (paper: 64)")
     add("--interests", type=int, default=4, help="K, interests per user (paper: 4); single-interest models have 1 whatever is given")
     add("--max-len", type=int, default=20, help="n, newest events of a history that are read (paper: 20)")
+    add("--horizon", type=int, default=1, help="events after the history from which the target is drawn (paper: 1, the next)")
     add("--batch-size", type=int, default=128, help="training users per step, of all processes together (paper: 128)")
     add("--learning-rate", type=float, default=1e-3, help="Adam's step size (paper: 0.001); comirec-dr: 0.005")
     add("--dropout", type=float, default=0.0, help="of the history's vectors, and within Transformers; gru4rec and Transformers: 0.2")
@@ -117,7 +118,7 @@ def parse(argv):
             raise UserError(f"--backbone {args.backbone}: defaults of {', '.join(sorted(unknown))}, which are no flags of this stage")
         parser.set_defaults(**backbone.defaults | RECIPES[args.recipe])
         args = parser.parse_args(argv)
-    for name in ("dim", "interests", "max_len", "batch_size", "negatives", "max_iterations", "validate_every", "patience"):
+    for name in ("dim", "interests", "max_len", "horizon", "batch_size", "negatives", "max_iterations", "validate_every", "patience"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     if args.sampling != "uniform" and args.loss != "sampled":
@@ -144,6 +145,7 @@ def parse(argv):
 class Batches:
     """One random target per sampled user: position k in [4, len) and the up to max_len events before it (paper, 4.1).
 
+    With a horizon h the target is a random one of the events k to k + h - 1, as evaluation asks for more than the next event.
     Batch t depends on (seed, t) alone, so a resumed run sees the same batches. Under leave-one-out a training
     prefix can be shorter than 5 events; its only target is then the last one.
     """
@@ -167,6 +169,8 @@ class Batches:
         k = self.low[row] + (rng.random(self.size) * (self.length - self.low)[row]).astype(np.int64)
         at = self.start[row] + k
         history = padded(self.items, self.start[row], at, self.args.max_len)  # (B, L)
+        if self.args.horizon > 1:
+            at += (rng.random(self.size) * np.minimum(self.args.horizon, self.length[row] - k)).astype(np.int64)
         return history, self.items[at].astype(np.int64), self.users[row]
 
 

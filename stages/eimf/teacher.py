@@ -54,7 +54,8 @@ class Teacher(nn.Module):
         args = self.args
         titles = self.project(self.item_text)  # (N + 1, D)
         target_text_vector = titles[target]  # e^T_t, (B, D); target_id_vector is e^T_i
-        explicit, mask = self.explicit(cluster)
+        distinct, row = cluster.unique(return_inverse=True)  # users of one cluster share a set
+        explicit, mask = (x.index_select(0, row) for x in self.explicit(distinct))
         has_title = self.item_has_text[target]
         keep = has_title & mask.any(1)  # (B,), targets without a title have no text term
         taught = losses.read_out(explicit, target_text_vector, mask, args.soft_read_out)  # (B, D), Eq. 8
