@@ -11,7 +11,7 @@ DATASETS = {"Office": "Office_Products", "Beauty": "Beauty", "Grocery": "Grocery
 PAPER = ("Office", "Beauty", "Grocery")
 
 # Arguments of stage 06 that all runs share.
-TRAIN = "--text-dim 128 --max-iterations 7000 --patience 20"
+TRAIN = "--text-dim 128 --max-iterations 8000"
 
 BASELINES = ("pop", "dnn", "gru4rec", "sasrec", "bert4rec", "llm2bert4rec", "mind", "comirec-sa", "remi")
 OTHERS = ("comirec-dr", "sine", "bert4rec-cloze")  # backbones that the paper's tables do not have
