@@ -67,6 +67,7 @@ def parse(argv):
     add("--seed", type=int, default=0)
     add("--dim", type=int, default=64, help="D, size of item and interest vectors (paper: 64)")
     add("--interests", type=int, default=4, help="K, interests per user (paper: 4); single-interest models have 1 whatever is given")
+    add("--dynamic-interests", action="store_true", help="fewer interests for short histories, log2 of the events (MIND; paper: off)")
     add("--max-len", type=int, default=20, help="n, newest events of a history that are read (paper: 20)")
     add("--horizon", type=int, default=1, help="events after the history from which the target is drawn (paper: 1, the next)")
     add("--batch-size", type=int, default=128, help="training users per step, of all processes together (paper: 128)")

@@ -79,6 +79,33 @@ def test_a_batch_is_a_target_and_the_events_before_it(stage06, args):
     assert abs(np.mean(places) - .5) < .02 and min(places) == 0 and max(places) == 1  # drawn evenly, both ends too
 
 
+def test_a_horizon_draws_the_target_from_the_next_events(stage06, args):
+    """Evenly from the next three, or from what the user has left; histories are those without a horizon."""
+    interactions = one_event_per_item("random")
+    plain = stage06.Batches(interactions, args)
+    ahead = stage06.Batches(interactions, type(args)(**vars(args) | {"horizon": 3}))
+    steps = []
+    for t in range(1, 80):
+        (history, target, users), (further_history, further, _) = plain[t], ahead[t]
+        np.testing.assert_array_equal(history, further_history)
+        left = interactions.offsets[users + 1] - (target - 1) - 1  # events after the next one
+        assert ((further - target >= 0) & (further - target <= np.minimum(2, left))).all()
+        steps += (further - target)[left >= 2].tolist()
+    np.testing.assert_allclose(np.bincount(steps) / len(steps), 1 / 3, atol=.04)
+
+
+def test_short_histories_have_fewer_interests(stage06, args):
+    """Histories of 1, 2, 3, 4, 8 and 16 events: log2 of it, at least one, at most K; the others repeat the first."""
+    model = stage06.BehaviouralModel(N_ITEMS, type(args)(**vars(args) | {"dynamic_interests": True})).eval()
+    history = torch.tensor([[5 + j if j < n else 0 for j in range(20)] for n in (1, 2, 3, 4, 8, 16)])
+    interests, routing = model(history)
+    everything, all_routing = model.backbone(model.items(history), history > 0)
+    for row, k in enumerate([1, 1, 1, 2, 3, 4]):
+        for found, whole in ((interests, everything), (routing, all_routing)):
+            torch.testing.assert_close(found[row, :k], whole[row, :k], rtol=0, atol=0)
+            torch.testing.assert_close(found[row, k:], whole[row, :1].expand(4 - k, -1), rtol=0, atol=0)
+
+
 def test_batches_depend_on_seed_and_step_only(stage06, args):
     a, b = (stage06.Batches(one_event_per_item("random"), args) for _ in range(2))
     for _ in range(3):

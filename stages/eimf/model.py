@@ -21,7 +21,7 @@ class BehaviouralModel(nn.Module):
 
     def __init__(self, n_items, args, item_text=None, precision=torch.float32):
         super().__init__()
-        self.temperature, self.precision = args.score_temperature, precision
+        self.temperature, self.precision, self.dynamic = args.score_temperature, precision, args.dynamic_interests
         self.items = nn.Embedding(n_items + 1, args.dim, padding_idx=0)
         nn.init.normal_(self.items.weight[1:], std=args.init_std)
         self.text_map = None
@@ -44,6 +44,8 @@ class BehaviouralModel(nn.Module):
     def forward(self, history, read=None):
         vectors = F.embedding(history, self.items.weight if read is None else read)
         interests, routing = self.backbone(vectors, history > 0)
+        if self.dynamic:
+            interests, routing = by_length(interests, history), by_length(routing, history)
         return F.normalize(interests, dim=2) if self.temperature else interests, routing
 
     @torch.no_grad()
@@ -53,6 +55,16 @@ class BehaviouralModel(nn.Module):
         model.items.weight.copy_(self.tables()[0])
         model.text_map = None
         return model
+
+
+def by_length(x, history):
+    """Let a user have max(1, min(K, log2 L)) interests, L events in its history (MIND, arXiv 1904.08030, Eq. 9).
+
+    x (B, K, ...): the rows beyond become copies of the first, which change no maximum over interests.
+    """
+    count = (history > 0).sum(1).clamp(min=1).log2().floor().clamp(min=1)  # (B,)
+    keep = torch.arange(x.shape[1], device=x.device) < count[:, None]
+    return torch.where(keep[:, :, None], x, x[:, :1])
 
 
 def table_from_text(table, item_text):
