@@ -16,15 +16,19 @@ TRAIN = "--text-dim 128 --max-iterations 8000"
 BASELINES = ("pop", "dnn", "gru4rec", "sasrec", "bert4rec", "llm2bert4rec", "mind", "comirec-sa", "remi")
 OTHERS = ("comirec-dr", "sine", "bert4rec-cloze")  # backbones that the paper's tables do not have
 TAUGHT = ("remi", "bert4rec", "sasrec", "mind")  # backbones with EIMF, Table 4
+MORE_TAUGHT = tuple(b for b in (*BASELINES, *OTHERS) if b != "pop" and b not in TAUGHT)
 CONTROLS = ("remi-eimf-random-text", "remi-eimf-shuffled-clusters")
 ABLATIONS = ("remi-eimf-no-alignment", "remi-eimf-no-semantic-prediction", "remi-eimf-no-align-item", "remi-eimf-no-align-user")
 
+BEST = ("remi-best", "remi-best-eimf", "remi-best-eimf-random-text", "remi-best-eimf-shuffled-clusters")
+
 # Model -> arguments of stage 06.
 MODELS = {b: f"--backbone {b}" for b in (*BASELINES, *OTHERS)}
-MODELS |= {f"{b}-eimf": f"--backbone {b} --eimf" for b in TAUGHT}
+MODELS |= {f"{b}-eimf": f"--backbone {b} --eimf" for b in (*TAUGHT, *MORE_TAUGHT)}
 MODELS |= {m: f"--backbone remi --eimf --control {m.removeprefix('remi-eimf-')}" for m in CONTROLS}
 MODELS |= {m: f"--backbone remi --eimf --{m.removeprefix('remi-eimf-')}" for m in ABLATIONS}
-NEED_TEXT = {m for m, flags in MODELS.items() if "--eimf" in flags} | {"llm2bert4rec"}  # stages 02-05 come first
+MODELS |= {m: MODELS[m.replace("-best", "")] + " --recipe best" for m in BEST}
+NEED_TEXT = {m for m, flags in MODELS.items() if "--eimf" in flags} | {"llm2bert4rec", "remi-best"}  # stages 02-05 come first
 
 # Variant -> arguments of stages 03 and 04 in place of the main ones, and further ones of 06. The main variant, "", has 3 % typical users (stage 03's
 # default) and recorded LLM answers where there are any for the data set, else the offline summariser.
@@ -54,13 +58,14 @@ GROUPS = (
     Group("splits", 1, PAPER, ("remi", "remi-eimf", *CONTROLS), splits=("random",)),
     Group("controls", 1, PAPER, ("remi-eimf",), variants=("random-typical",)),
     Group("controls", 1, ("Office",), ("remi-eimf",), variants=("phrases",)),
+    Group("best", 1, PAPER, BEST, splits=("file-order", "random")),
     Group("table2", 2, ("Beauty", "Grocery"), (*BASELINES, "remi-eimf")),
     Group("table3", 2, ("Office",), (*BASELINES, "remi-eimf")),
     Group("fig3", 3, PAPER, ("remi-eimf", *ABLATIONS)),
     Group("fig4", 3, ("Office",), ("remi-eimf",), variants=("", *PREFERENCES)),
     Group("table4", 3, ("Office", "Beauty"), (*TAUGHT, *(f"{b}-eimf" for b in TAUGHT))),
+    Group("backbones", 5, PAPER, tuple(m for b in (*TAUGHT, *MORE_TAUGHT) for m in (b, f"{b}-eimf")), splits=("file-order", "random")),
     Group("splits", 6, PAPER, BASELINES, splits=("random",)),
-    Group("more", 7, PAPER, OTHERS),
 )
 # The sample stands in for every data set of a group.
 NAMES = ("table1", *dict.fromkeys(g.name for g in GROUPS))

@@ -19,7 +19,7 @@ from eimf.artifacts import load_array, load_json, load_lines
 from eimf.data import load_interactions, range_positions
 from eimf.published import BEST_PREFERENCE, STATISTICS, published
 from eimf.statistics import LEVEL, bootstrap, holm, paired_p
-from experiments import ABLATIONS, BASELINES, CONTROLS, PREFERENCES, TAUGHT, folder_of
+from experiments import ABLATIONS, BASELINES, BEST, CONTROLS, MORE_TAUGHT, PREFERENCES, TAUGHT, folder_of
 
 METRICS = ("recall@20", "recall@50", "hr@20", "hr@50", "ndcg@20", "ndcg@50", "ndcg_published@20", "ndcg_published@50")
 TESTED = "recall@50"  # the one metric that is tested; the paper selects models by it too
@@ -138,8 +138,10 @@ def contrasts(keys):
         main = (*place, *MAIN)
         for b in (("", "remi"), *(("", c) for c in CONTROLS), ("random-typical", "remi-eimf"), ("phrases", "remi-eimf")):
             yield "help", main, (*place, *b)
-        for b in TAUGHT[1:]:  # the first is tested under "help"
+        for b in (*TAUGHT[1:], *MORE_TAUGHT):  # the first is tested under "help"
             yield "table4", (*place, "", f"{b}-eimf"), (*place, "", b)
+        for a, b in (("remi-best", "remi"), ("remi-best-eimf", "remi-eimf"), *(("remi-best-eimf", b) for b in BEST if b != "remi-best-eimf")):
+            yield "best", (*place, "", a), (*place, "", b)
         for b in ABLATIONS:
             yield "fig3", main, (*place, "", b)
         for variant in PREFERENCES:

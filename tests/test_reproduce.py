@@ -117,7 +117,7 @@ def test_plan_orders_by_information_and_shares_runs():
     assert {(r.dataset, r.model, r.seed) for r in first} == set(itertools.product(
         ("Office", "Beauty", "Grocery"), ("remi", "remi-eimf", "remi-eimf-random-text", "remi-eimf-shuffled-clusters"), (0,)))
     shared = runs[Run("Office", "file-order", "", "remi-eimf", 0)][1]
-    assert set(shared) == {"headline", "table3", "fig3", "fig4", "table4"}  # one training serves them all
+    assert set(shared) == {"headline", "table3", "fig3", "fig4", "table4", "backbones"}  # one training serves them all
     assert {r.seed for r in runs if r.model == "pop"} == {0} and {r.seed for r in runs if r.model == "remi"} == {0, 1, 2, 3, 4}
     assert all(r.dataset == "Office" for r in runs if r.variant == "phrases")
     assert not any(r.variant == "phrases" for r in plan(recorded=()))
@@ -137,7 +137,7 @@ def test_stage_06_accepts_every_model(load_script, capsys):
         except SystemExit:
             refused.append((model, capsys.readouterr().err.splitlines()[-1]))
             continue
-        assert args.eimf == ("eimf" in model) and args.backbone == re.sub("-eimf.*", "", model)
+        assert args.eimf == ("eimf" in model) and args.backbone == re.sub("-(eimf|best).*", "", model)
     assert not refused
 
 
@@ -219,10 +219,10 @@ def test_stopped_softly_it_leaves_no_process_behind(copy):
 
 def test_the_budget_takes_the_most_informative_first(copy):
     call, data = copy
-    out = ended(call("--only", "headline,table3,more", "--seeds", "3", "--budget", "25s", SECONDS="5"), 3)
+    out = ended(call("--only", "headline,table3,backbones", "--seeds", "3", "--budget", "25s", SECONDS="5"), 3)
     runs = [run.split()[-1] for run in started(data)]
     assert "the budget of" in out and 1 <= len(runs) <= 10
-    ranks = [rank for run in runs for r, (rank, _) in plan(("Office",), ("headline", "table3", "more"), 3).items() if r.name == run]
+    ranks = [rank for run in runs for r, (rank, _) in plan(("Office",), ("headline", "table3", "backbones"), 3).items() if r.name == run]
     assert ranks == sorted(ranks)
     assert "report:" in out
 
