@@ -219,10 +219,10 @@ def test_stopped_softly_it_leaves_no_process_behind(copy):
 
 def test_the_budget_takes_the_most_informative_first(copy):
     call, data = copy
-    out = ended(call("--only", "headline,table3,backbones", "--seeds", "3", "--budget", "25s", SECONDS="5"), 3)
+    out = ended(call("--only", "headline,table3,fig3", "--seeds", "3", "--budget", "25s", SECONDS="5"), 3)
     runs = [run.split()[-1] for run in started(data)]
     assert "the budget of" in out and 1 <= len(runs) <= 10
-    ranks = [rank for run in runs for r, (rank, _) in plan(("Office",), ("headline", "table3", "backbones"), 3).items() if r.name == run]
+    ranks = [rank for run in runs for r, (rank, _) in plan(("Office",), ("headline", "table3", "fig3"), 3).items() if r.name == run]
     assert ranks == sorted(ranks)
     assert "report:" in out
 
