@@ -332,13 +332,26 @@ def test_item_text_starts_or_joins_the_table(stage06, tiny):
     np.testing.assert_allclose(model.folded().items.weight.detach().numpy(), expected, atol=1e-5)
 
 
+def test_added_text_and_the_teacher_share_one_map(stage06, train, tiny):
+    """Explicit interests are then projected as titles are; the export of such a training is whole."""
+    done, folder = train("--item-text", "add", "--eimf", "--run", "shared-map")
+    assert done.returncode == 0, done.stderr
+    args = stage06.parse(["--data-dir", str(tiny), "--dataset", "tiny", "--eimf", "--item-text", "add"])
+    text, _ = stage06.load_text(Stage("06_train", args, run=args.run), args, N_ITEMS)
+    model = stage06.BehaviouralModel(N_ITEMS, args, text["item_text"].numpy())
+    teacher = stage06.Teacher(text, args, projection=model.text_map)
+    titles = model.tables()[0] - model.items.weight
+    torch.testing.assert_close(teacher.project(text["item_text"]), titles, rtol=1e-4, atol=1e-6)
+    assert np.isfinite(np.load(folder / "shared-map" / "item_vectors.npy")).all()
+
+
 def test_a_recipe_is_a_set_of_defaults(stage06):
     best = stage06.RECIPES["best"]
     args = stage06.parse(["--recipe", "best"])
     assert {name: getattr(args, name) for name in best} == best
     assert stage06.parse(["--recipe", "best", "--item-text", "init"]).item_text == "init"  # a flag wins
     paper = vars(stage06.parse([]))
-    assert paper["item_text"] == "none" and not any(paper[k] for k in ("dropout", "average", "weight_decay", "score_temperature"))
+    assert paper["item_text"] == "none" and paper["horizon"] == 1 and not any(paper[k] for k in ("dropout", "average", "weight_decay", "score_temperature"))
 
 
 def test_a_checkpoint_of_other_settings_is_not_used(train):

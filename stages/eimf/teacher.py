@@ -16,7 +16,7 @@ from .artifacts import UserError, load_array, load_json, load_lines, save_array,
 class Teacher(nn.Module):
     """The explicit side: frozen text vectors, one learned map to D, self-attention over explicit interests (Eq. 4, 7)."""
 
-    def __init__(self, text, args, precision=torch.float32):
+    def __init__(self, text, args, precision=torch.float32, projection=None):
         super().__init__()
         self.args, self.precision = args, precision
         for name, tensor in text.items():  # rebuilt from the stage folders, not checkpointed
@@ -25,6 +25,8 @@ class Teacher(nn.Module):
         self.attention = nn.Linear(args.dim, 3 * args.dim, bias=False)  # queries, keys and values in one map
         for weight in self.parameters():
             nn.init.kaiming_normal_(weight)
+        if projection is not None:  # of --item-text add: explicit interests then lie among the items
+            self.projection = projection
         self.no_title = torch.nonzero(~self.item_has_text).squeeze(1)
 
     def project(self, text):
