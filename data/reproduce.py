@@ -36,6 +36,7 @@ import paper_report  # noqa: E402
 from eimf.artifacts import load_json, load_lines, run as run_main, save_json  # noqa: E402
 from experiments import DATASETS, GUESSED_EIMF, GUESSED_SECONDS, MODELS, NAMES, NEED_TEXT, PAPER, VARIANTS, folder_of  # noqa: E402
 
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 TEXT_STAGES = ("02_encode_text", "03_cluster_users", "04_infer_interests", "05_encode_interests")
 
 
@@ -250,10 +251,9 @@ class Runner:
         """Returns True if everything was done, or is not available or failed; False if the budget ended."""
         self.state.root.mkdir(parents=True, exist_ok=True)
         if not self.jobs:
-            cores = os.cpu_count()
             import torch
-            self.jobs = max(1, min(8, cores // 2) if torch.cuda.is_available() else min(4, cores))
-        self.threads = max(1, os.cpu_count() // self.jobs)
+            self.jobs = max(1, min(8, CORES // 2) if torch.cuda.is_available() else min(4, CORES))
+        self.threads = max(1, CORES // self.jobs)
         self.log = open(self.state.root / "reproduce.log", "a", encoding="utf-8")
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         self.say(f"{len(self.tasks) - len(self.pending)} of {len(self.tasks)} tasks are done, {len(self.pending)} to go, {self.jobs} at a time, "
@@ -361,7 +361,7 @@ def print_list(runner, runs):
     for task in runner.pending:
         if task.run:
             print(f"{task.rank:3.0f}  {shown(runner.clock.estimate(task)):>12}  {task.label}  ({', '.join(runs[task.run][1])})")
-    runner.jobs = runner.jobs or os.cpu_count()
+    runner.jobs = runner.jobs or CORES
     done = sum(1 for t in runner.tasks if t.run) - sum(1 for t in runner.pending if t.run)
     print(f"{done} runs are done, {sum(1 for t in runner.pending if t.run)} to go: about {shown(runner.left())} with {runner.jobs} at a time")
 
