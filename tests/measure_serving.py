@@ -32,7 +32,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "stages"))
 
-from eimf.artifacts import load_json, save_json  # noqa: E402
+from eimf.artifacts import _version, load_json, save_json  # noqa: E402
 from eimf.data import load_interactions, load_items  # noqa: E402
 from eimf.recommender import choose_run  # noqa: E402
 
@@ -173,7 +173,9 @@ def main():
     run = args.run or choose_run(args.data_dir, args.dataset)[0]
     config = load_json(args.data_dir / args.dataset / "06_train" / run / "config.json")
     cpu = re.search("model name\\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    machine = {"asked_per_second": args.rate, "cpu": cpu[1] if cpu else platform.machine(), "cores": len(CORES), "cores_used_by_others": busy_others()}
+    packages = {p: _version(p) for p in ("uvicorn", "httptools", "uvloop")}
+    machine = {"asked_per_second": args.rate, "cpu": cpu[1] if cpu else platform.machine(), "cores": len(CORES),
+               "cores_used_by_others": busy_others(), "packages": packages}
     result = {"dataset": args.dataset, "run": run, "items": config["items"], "clients_at_rate": CLIENTS}
     with tempfile.TemporaryDirectory() as folder:
         measured = {name: entry | machine for name, entry in measure(args, run, Path(folder)).items()}

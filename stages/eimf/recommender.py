@@ -28,7 +28,7 @@ BECAUSE = 3  # history items named as the reason of an interest
 # Items from which `auto` may take the HNSW index. On one core, exact search of Beauty's 12,101 items takes 60 us a user in batches
 # and grows with the catalogue, a graph search for four interests 170 us and hardly grows: `csrc/bench/bench.py` measures where they meet.
 CROSSOVER_ITEMS = 50_000
-MODEL_BATCH = 256  # histories in one model call: with more, what it computes no longer stays in the processor's cache
+MODEL_BATCH = 64  # histories in one model call: with more, what it computes no longer stays in the processor's cache
 
 
 @dataclass(frozen=True)

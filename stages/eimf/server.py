@@ -20,8 +20,9 @@ from .artifacts import UserError
 from .recommender import Query, Recommender, choose_run, fingerprint
 
 MAX_BATCH = 64  # queries in one kernel call; more only makes those in front wait for those behind
-GATHER_SECONDS = .002  # pause between two kernel calls while fewer than ENOUGH wait: one call for four queries takes half the
-ENOUGH = 8  # time of four calls, and a query that comes alone does not wait
+GATHER_SECONDS = .0005  # pause between two kernel calls while fewer than ENOUGH wait: one call for four queries takes half the
+ENOUGH = 8  # time of four calls, and a query that comes alone does not wait. With 2 ms, at 1,000 queries a second on one core, the
+# server would compute a fifth less, and the 99th percentile of the latency would be 8 ms instead of 5.
 SHORT = 1_000_000  # queries x items up to which a call is made by the thread that also reads requests: it takes milliseconds,
 # and on one core two threads would lose more by taking turns. Longer calls go to a thread of their own.
 MAX_WAITING = 4096  # queries that may wait; beyond that the answer is 503
