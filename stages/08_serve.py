@@ -18,17 +18,18 @@ Prints rank, score, winning interest, id and title of each item, or with --json 
 is used: a history goes through the exported model, and items are ranked by the maximum over its interests. The server
 listens on 127.0.0.1 unless told otherwise; if EIMF_TOKEN is set, requests need it as a bearer token.
 """
+import contextlib
 import gc
 import json
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import time
 from collections import deque
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
@@ -178,32 +179,59 @@ def _answer_here(lines):
     return _answer(lines)
 
 
+@contextlib.contextmanager
+def copies(work, number):
+    """Connections to `number` copies of this process, which share the memory of what is loaded: send one something, receive work(it)."""
+    context, connections = multiprocessing.get_context("fork"), []
+
+    def serve(connection):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent; a copy ends when its connection does
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                connection.send(work(connection.recv()))
+
+    for _ in range(number):
+        ours, theirs = context.Pipe()
+        context.Process(target=serve, args=(theirs,), daemon=True).start()
+        theirs.close()
+        connections.append(ours)
+    try:
+        yield connections
+    finally:
+        for connection in connections:
+            connection.close()
+
+
+def answered(work, chunks, connections):
+    """work(chunk) of each chunk, in order, by the copies in turn. None has two chunks, or both ends of its pipe could wait to write."""
+    waiting = deque()
+    try:
+        for chunk, connection in zip(chunks, cycle(connections)):
+            result = waiting.popleft().recv() if len(waiting) == len(connections) else None
+            connection.send(chunk)
+            waiting.append(connection)
+            if result is not None:
+                yield result
+        while waiting:
+            yield waiting.popleft().recv()
+    except (EOFError, ConnectionError):
+        raise UserError("a process that answers lines has ended; if the system killed it for memory, give fewer --threads") from None
+
+
 def answer_lines(recommender, source, sink, workers):
     """JSON lines in, JSON lines out, in the same order: {"items", "scores", "interests", "fallback", "unknown_items"}, the
     first three lists in rank order, or {"detail", "code"} for a line that cannot be answered. Returns (lines, refused).
 
-    Chunks are answered by `workers` processes, which share the memory of what is loaded; elsewhere than on Linux, where a copy of
-    this process may not compute, by threads, which answer a fifth fewer because only one of them at a time runs Python.
+    By `workers` processes: threads would answer a fifth fewer, since only one of them at a time runs Python. Elsewhere than on
+    Linux a copy of a process that has loaded all this may not compute, and this process answers alone.
     """
-    global _answer
     lines = refused = 0
-    waiting, _answer = deque(), partial(answer_chunk, recommender)
-
-    def write():
-        nonlocal lines, refused
-        out, bad = waiting.popleft().result()
-        lines, refused = lines + len(out), refused + bad
-        sink.write("\n".join(out) + "\n")
-        sink.flush()
-
-    with (ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) if workers > 1 and sys.platform == "linux"
-          else ThreadPoolExecutor(workers)) as pool:
-        while chunk := list(islice(source, CHUNK)):
-            waiting.append(pool.submit(_answer_here, chunk))
-            if len(waiting) > 2 * workers:  # never more than a few chunks ahead, however long the input is
-                write()
-        while waiting:
-            write()
+    work, chunks = partial(answer_chunk, recommender), iter(lambda: list(islice(source, CHUNK)), [])
+    with copies(work, workers if workers > 1 and sys.platform == "linux" else 0) as connections:
+        for out, bad in answered(work, chunks, connections) if connections else map(work, chunks):
+            lines, refused = lines + len(out), refused + bad
+            sink.write("\n".join(out) + "\n")
+            sink.flush()
     return lines, refused
 
 

@@ -109,7 +109,7 @@ def test_each_interest_has_its_own_best_items(data, recommender):
             scores = vectors @ vector
             best = [m for m in np.argsort(-scores, kind="stable").tolist() if m and m not in left_out][:n]
             assert [(i["rank"], i["id"]) for i in interest["items"]] == list(enumerate(ids(*best), 1))
-            assert [i["score"] for i in interest["items"]] == pytest.approx([scores[m] for m in best], rel=1e-4)
+            assert [i["score"] for i in interest["items"]] == pytest.approx([scores[m] for m in best], rel=1e-4, abs=1e-6)
             assert all(i["title"] == recommender.titles[m] and i["category"] == recommender.category[m] for i, m in zip(interest["items"], best))
     assert seven["items"] == unasked["items"] and all("items" not in i for i in unasked["interests"])
 
