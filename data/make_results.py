@@ -4,8 +4,10 @@
     python data/make_results.py --check    # exits 1 if the README's block is not what data/results/ gives
 
 Reads   data/<data set>/07_evaluate/summary.json of the data sets below, where they exist
-        data/results/core.json, which csrc/bench/bench.py --json writes; llm.json, of tests/measure_llm_throughput.py --out
-Writes  data/results/<data set>.json, and the blocks of README.md between the two `results` and, if it has them, the `core` and `llm` markers
+        data/results/core.json, which csrc/bench/bench.py --json writes; llm.json, of tests/measure_llm_throughput.py --out;
+        serving.json, of tests/measure_serving.py
+Writes  data/results/<data set>.json, and the blocks of README.md between the two `results` and, if it has them, the `core`, `llm` and
+        `serving` markers
 """
 import argparse
 import json
@@ -25,6 +27,7 @@ ORDER = ("pop", *(recipe + model for recipe in ("remi", "remi-best") for model i
 BEGIN, END = "<!-- results: python data/make_results.py -->", "<!-- end of results -->"
 LLM_BEGIN, LLM_END = "<!-- llm: python data/make_results.py -->", "<!-- end of llm -->"
 CORE_BEGIN, CORE_END = "<!-- core: python data/make_results.py -->", "<!-- end of core -->"
+SERVING_BEGIN, SERVING_END = "<!-- serving: python data/make_results.py -->", "<!-- end of serving -->"
 # csrc/bench's columns as the README shows them: header, format.
 CORE = {
     "affinity_propagation": ("Affinity propagation, seconds per iteration", {
@@ -89,6 +92,30 @@ def render_llm(path):
             f"second, and {fast['requests']:,} of them take {fast['peak_memory_mib']:.0f} MiB at most.")
 
 
+def render_serving(path):
+    """The server's speed as Markdown, from the figures of tests/measure_serving.py."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    measured, rows = found["measured"], []
+    loads = {name: entry for name, entry in measured.items() if "rate" in entry}
+    for name, entry in loads.items():
+        rate, highest = entry["rate"], entry["highest"]
+        rows.append([name, *(f"{rate[p]:.1f}" for p in ("p50", "p99", "p99.9")), f"{rate['server_cores']:.2f}", f"{highest['per_second']:,.0f}",
+                     *(f"{highest[p]:.0f}" for p in ("p50", "p99"))])
+    machine = next(iter(loads.values()))
+    asked = f"{machine['asked_per_second']:,.0f}"
+    parts = [f"{found['dataset']}, run {found['run']}, {found['items']:,} items, {machine['cores']} cores ({machine['cpu']}), of which wrk takes a part; "
+             f"{machine['cores_used_by_others']:g} cores were busy with other programs at the start. Latency in milliseconds.",
+             markdown_table(["server", *(f"{p} at {asked}/s" for p in ("p50", "p99", "p99.9")), "cores used", "requests/s at most",
+                             "p50 then", "p99 then"], rows)]
+    if memory := measured.get("memory"):
+        first, *_, last = memory["resident_mib"]
+        parts.append(f"Memory over {memory['minutes']:g} minutes at {memory['per_second']:,.0f} requests/s ({memory['requests']:,} in all, {memory['errors']} "
+                     f"errors): {first:.0f} MiB early, {last:.0f} MiB in the end.")
+    if "lines" in measured:
+        parts.append(f"`--lines` on all {measured['lines']['cores']} cores: {measured['lines']['per_second']:,} users per second.")
+    return "\n\n".join(parts)
+
+
 def replaced(text, begin, end, block):
     """`text` with `block` between its two markers; exits unless each is there once."""
     if text.count(begin) != 1 or text.count(end) != 1:
@@ -116,6 +143,8 @@ def main(argv=None):
         updated = replaced(updated, CORE_BEGIN, CORE_END, render_core(results / "core.json"))
     if LLM_BEGIN in text or LLM_END in text:
         updated = replaced(updated, LLM_BEGIN, LLM_END, render_llm(results / "llm.json"))
+    if SERVING_BEGIN in text or SERVING_END in text:
+        updated = replaced(updated, SERVING_BEGIN, SERVING_END, render_serving(results / "serving.json"))
     if args.check:
         sys.exit(0 if updated == text else "error: README.md differs from data/results; run python data/make_results.py")
     readme.write_text(updated, encoding="utf-8")

@@ -18,15 +18,18 @@ Prints rank, score, winning interest, id and title of each item, or with --json 
 is used: a history goes through the exported model, and items are ranked by the maximum over its interests. The server
 listens on 127.0.0.1 unless told otherwise; if EIMF_TOKEN is set, requests need it as a bearer token.
 """
+import contextlib
 import gc
 import json
+import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import time
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +40,7 @@ from eimf.data import padded
 from eimf.ranking import interests_of
 from eimf.recommender import Query, Recommender, choose_run
 
-CHUNK = 256  # lines answered together by --lines: what one model call computes then stays in the processor's cache
+CHUNK = 256  # lines answered together by --lines: more rank no faster, and answers would come later
 
 
 def parse(argv):
@@ -169,29 +172,66 @@ def answer_chunk(recommender, lines):
     return out, refused
 
 
-def answer_lines(recommender, source, sink, threads):
+_answer = None  # answer_chunk with its recommender, which the processes of answer_lines inherit
+
+
+def _answer_here(lines):
+    return _answer(lines)
+
+
+@contextlib.contextmanager
+def copies(work, number):
+    """Connections to `number` copies of this process, which share the memory of what is loaded: send one something, receive work(it)."""
+    context, connections = multiprocessing.get_context("fork"), []
+
+    def serve(connection):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent; a copy ends when its connection does
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                connection.send(work(connection.recv()))
+
+    for _ in range(number):
+        ours, theirs = context.Pipe()
+        context.Process(target=serve, args=(theirs,), daemon=True).start()
+        theirs.close()
+        connections.append(ours)
+    try:
+        yield connections
+    finally:
+        for connection in connections:
+            connection.close()
+
+
+def answered(work, chunks, connections):
+    """work(chunk) of each chunk, in order, by the copies in turn. None has two chunks, or both ends of its pipe could wait to write."""
+    waiting = deque()
+    try:
+        for chunk, connection in zip(chunks, cycle(connections)):
+            result = waiting.popleft().recv() if len(waiting) == len(connections) else None
+            connection.send(chunk)
+            waiting.append(connection)
+            if result is not None:
+                yield result
+        while waiting:
+            yield waiting.popleft().recv()
+    except (EOFError, ConnectionError):
+        raise UserError("a process that answers lines has ended; if the system killed it for memory, give fewer --threads") from None
+
+
+def answer_lines(recommender, source, sink, workers):
     """JSON lines in, JSON lines out, in the same order: {"items", "scores", "interests", "fallback", "unknown_items"}, the
     first three lists in rank order, or {"detail", "code"} for a line that cannot be answered. Returns (lines, refused).
 
-    Chunks are answered by `threads` threads: the model and the ranking, most of the work, run beside each other.
+    By `workers` processes: threads would answer a fifth fewer, since only one of them at a time runs Python. Elsewhere than on
+    Linux a copy of a process that has loaded all this may not compute, and this process answers alone.
     """
     lines = refused = 0
-    waiting = deque()
-
-    def write():
-        nonlocal lines, refused
-        out, bad = waiting.popleft().result()
-        lines, refused = lines + len(out), refused + bad
-        sink.write("\n".join(out) + "\n")
-        sink.flush()
-
-    with ThreadPoolExecutor(threads) as pool:
-        while chunk := list(islice(source, CHUNK)):
-            waiting.append(pool.submit(answer_chunk, recommender, chunk))
-            if len(waiting) > threads:  # never more than one chunk ahead, however long the input is
-                write()
-        while waiting:
-            write()
+    work, chunks = partial(answer_chunk, recommender), iter(lambda: list(islice(source, CHUNK)), [])
+    with copies(work, workers if workers > 1 and sys.platform == "linux" else 0) as connections:
+        for out, bad in answered(work, chunks, connections) if connections else map(work, chunks):
+            lines, refused = lines + len(out), refused + bad
+            sink.write("\n".join(out) + "\n")
+            sink.flush()
     return lines, refused
 
 
@@ -231,7 +271,7 @@ def main(argv=None):
                              "retrieval": args.retrieval, "threads": args.threads or 1, "reload_seconds": args.reload_seconds},
                             args.host, args.port, args.workers)
     threads = args.threads or available_cores()
-    # --lines answers in threads of its own, each of which computes alone.
+    # --lines answers in processes of its own, each of which computes alone.
     torch.set_num_threads(1 if args.lines else threads)
     recommender = Recommender(args.data_dir, args.dataset, name, args.retrieval, 1 if args.lines else threads)
     if args.lines:

@@ -1,8 +1,8 @@
 """Measure the server of stage 08 with wrk on this machine: requests per second, latency, memory.
 
     apt-get install wrk
-    python tests/measure_serving.py --dataset Beauty                # a finished run of stage 06; about 14 minutes
-    python tests/measure_serving.py --dataset Beauty --minutes 0    # without the long look at memory; about 3 minutes
+    python tests/measure_serving.py --dataset Beauty                # a finished run of stage 06; about 15 minutes
+    python tests/measure_serving.py --dataset Beauty --minutes 0    # without the long look at memory; about 4 minutes
     python tests/measure_serving.py --dataset Beauty --seconds 0    # memory alone
 
 Three loads on POST /recommend with the histories of the data set's test users, k 20:
@@ -10,6 +10,7 @@ Three loads on POST /recommend with the histories of the data set's test users, 
            close to RATE independent requests per second (--rate), however slow the server is
   highest  64 clients that wait for nothing: the highest rate, and the latency when the server is never idle
   memory   `rate` for --minutes, with the server's resident memory twelve times in that time
+Then `--lines` with 60,000 of those histories on all cores: users per second, start excluded.
 One worker runs on one core, wrk on another; several workers share all cores with wrk. Latency is what wrk sees, in milliseconds,
 from sending a request to having its answer. `server_cores` is the CPU time that the server took. What is measured is put into
 --out (data/results/serving.json), beside what an earlier call measured of the same run, and printed.
@@ -32,7 +33,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "stages"))
 
-from eimf.artifacts import load_json, save_json  # noqa: E402
+from eimf.artifacts import _version, load_json, save_json  # noqa: E402
 from eimf.data import load_interactions, load_items  # noqa: E402
 from eimf.recommender import choose_run  # noqa: E402
 
@@ -154,7 +155,21 @@ def measure(args, run, folder):
                     memory.append(resident(pid))
                 thread.join()
                 results["memory"] |= {"minutes": args.minutes, "resident_mib": memory}
+    if args.seconds:
+        results["lines"] = lines(base, bodies[False], folder)
+        print("lines", json.dumps(results["lines"]), flush=True)
     return results
+
+
+def lines(arguments, bodies, folder, number=60_000):
+    """Users per second of --lines."""
+    histories = bodies.read_text().splitlines()
+    source = folder / "lines"
+    source.write_text("".join(f"{histories[n % len(histories)]}\n" for n in range(number)))
+    with open(source) as file:
+        done = subprocess.run([sys.executable, str(ROOT / "stages" / "08_serve.py"), "--lines", *arguments], stdin=file,
+                              stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=True)
+    return {"lines": number, "per_second": int(re.search(r"([\d,]+) a second", done.stderr)[1].replace(",", ""))}
 
 
 def main():
@@ -173,7 +188,9 @@ def main():
     run = args.run or choose_run(args.data_dir, args.dataset)[0]
     config = load_json(args.data_dir / args.dataset / "06_train" / run / "config.json")
     cpu = re.search("model name\\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    machine = {"asked_per_second": args.rate, "cpu": cpu[1] if cpu else platform.machine(), "cores": len(CORES), "cores_used_by_others": busy_others()}
+    packages = {p: _version(p) for p in ("uvicorn", "httptools")}
+    machine = {"asked_per_second": args.rate, "cpu": cpu[1] if cpu else platform.machine(), "cores": len(CORES),
+               "cores_used_by_others": busy_others(), "packages": packages}
     result = {"dataset": args.dataset, "run": run, "items": config["items"], "clients_at_rate": CLIENTS}
     with tempfile.TemporaryDirectory() as folder:
         measured = {name: entry | machine for name, entry in measure(args, run, Path(folder)).items()}

@@ -43,5 +43,5 @@ def test_the_document_describes_the_requests(document):
     paths = document.raw_schema["paths"]
     assert {(path, method.upper()) for path, methods in paths.items() for method in methods} == set(OPERATIONS)
     body = paths["/recommend"]["post"]["requestBody"]["content"]["application/json"]["schema"]
-    assert set(body["properties"]) == {"history", "user_id", "k", "exclude_seen", "exclude_items", "allow_categories", "diversity", "explain"}
+    assert set(body["properties"]) == {"history", "user_id", "k", "exclude_seen", "exclude_items", "allow_categories", "diversity", "explain", "per_interest"}
     assert body["properties"]["k"]["maximum"] == service.LIMITS["k"] and body["additionalProperties"] is False

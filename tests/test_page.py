@@ -57,7 +57,7 @@ def open_page(browser):
 
 def ready(page):
     """Wait until the page shows the answer to its last question; item titles in rank order."""
-    page.wait_for_selector("#columns[aria-busy=false]", state="attached")
+    page.wait_for_selector("#answer[aria-busy=false]", state="attached")
     rows = page.locator(".items li").evaluate_all("rows => rows.map(r => [Number(r.querySelector('.rank').textContent), r.querySelector('.title').textContent])")
     return [title for _, title in sorted(rows)]
 
@@ -123,15 +123,27 @@ def test_columns_show_labels_reasons_and_where_they_come_from(data, port, open_p
     shown = (5, 40, 7, 22, 61)
     page = open_page(port, "#" + "&".join(f"item={i}" for i in ids(*shown)))
     ready(page)
-    answer = json.loads(ask(port, json.dumps({"history": ids(*shown)}).encode())[1])
-    used = sorted({i["interest"] for i in answer["items"]}, key=lambda n: next(i["rank"] for i in answer["items"] if i["interest"] == n))
-    assert page.locator(".column").count() == len(used) >= 2
-    for place, n in enumerate(used):
-        column, interest = page.locator(".column").nth(place), answer["interests"][n]
+    answer = json.loads(ask(port, json.dumps({"history": ids(*shown), "per_interest": 10}).encode())[1])
+    winners = page.locator("#items .letter").all_text_contents()
+    assert winners == ["ABC"[i["interest"]] for i in answer["items"]] and len(set(winners)) >= 2
+    assert page.locator(".column").count() == page.locator("#chips button").count() == len(answer["interests"]) == 3
+    listed, before = {i["id"]: i["rank"] for i in answer["items"]}, set()
+    for n, interest in enumerate(answer["interests"]):
+        column = page.locator(".column").nth(n)
         assert column.locator(".name").text_content() == "ABC"[n] + interest["label"]["text"]
         assert "not from this history" in column.locator("header .dim").text_content()
         assert column.locator(".because li").all_text_contents() == [i["title"] or i["id"] for i in interest["because_of"]]
-        assert column.locator(".title").all_text_contents() == [i["title"] or i["id"] for i in answer["items"] if i["interest"] == n]
+        fresh = [i for i in interest["items"] if i["id"] not in before]  # what columns before it show is only counted
+        assert column.locator(".title").all_text_contents() == [i["title"] or i["id"] for i in fresh]
+        assert column.locator(".rank").all_text_contents() == [str(i["rank"]) for i in fresh]
+        assert column.locator(".sub span:last-child").all_text_contents() == [
+            f"no. {listed[i['id']]} above" if i["id"] in listed else f"{i['score']:.2f}" for i in fresh]
+        counts = [int(n) for n in re.findall(r"(\d+) under", "".join(column.locator(".same").all_text_contents()))]
+        assert sum(counts) == 10 - len(fresh)
+        before |= {i["id"] for i in interest["items"]}
+        assert page.locator("#chips button").nth(n).locator(".dim").text_content() == str(winners.count("ABC"[n]))
+    page.locator("#chips button").nth(2).click()
+    assert page.evaluate("document.activeElement.id") == "interest-2"
     assert page.locator("#stamp").is_visible() and "offline" in page.locator("#stamp").text_content()
     page.locator(".items button").first.click()
     counted(page, "#history li", 6)

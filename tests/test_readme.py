@@ -93,6 +93,27 @@ def test_make_results_renders_the_clients_throughput(tmp_path, load_script):
     assert "takes 1 s" in text and "95.1% busy" in text and "978 requests" in text and "100,000 of them take 53 MiB" in text and "old" not in text
 
 
+def test_make_results_renders_the_servers_speed(tmp_path, load_script):
+    module = load_script("data/make_results.py")
+    module.ROOT = tmp_path
+    (tmp_path / "data/results").mkdir(parents=True)
+    machine = {"asked_per_second": 1000.0, "cpu": "Some CPU", "cores": 2, "cores_used_by_others": .01}
+    load = {"rate": {"p50": 2.81, "p99": 5.36, "p99.9": 30.9, "server_cores": .62},
+            "highest": {"per_second": 2989.7, "p50": 19.8, "p99": 40.0}}
+    measured = {"1 worker, with reasons": load | machine, "lines": {"lines": 60000, "per_second": 14844} | machine,
+                "memory": {"minutes": 10.0, "per_second": 922.7, "requests": 553656, "errors": 0, "resident_mib": [392.6, 393.2, 393.8]} | machine}
+    figures = tmp_path / "data/results/serving.json"
+    figures.write_text(module.json.dumps({"dataset": "Beauty", "run": "remi-s0", "items": 12101, "measured": measured}))
+    (tmp_path / "README.md").write_text(f"{module.BEGIN}\n{module.END}\n{module.SERVING_BEGIN}\nold\n{module.SERVING_END}\n")
+    module.main(["--data-dir", str(tmp_path / "data")])
+    text = (tmp_path / "README.md").read_text()
+    assert "| 1 worker, with reasons | 2.8 | 5.4 | 30.9 | 0.62 | 2,990 | 20 | 40 |" in text and "p99 at 1,000/s" in text and "old" not in text
+    assert "10 minutes at 923 requests/s (553,656 in all, 0 errors): 393 MiB early, 394 MiB in the end" in text
+    assert "all 2 cores: 14,844 users" in text and "run remi-s0, 12,101 items, 2 cores (Some CPU)" in text
+    figures.write_text(module.json.dumps({"dataset": "Beauty", "run": "remi-s0", "items": 12101, "measured": {"1 worker, with reasons": load | machine}}))
+    assert "Memory" not in module.render_serving(figures) and "--lines" not in module.render_serving(figures)
+
+
 @pytest.mark.slow
 def test_every_command_runs(sample, root, tmp_path, shared):
     """In order, in a copy where the sample was run; placeholders are filled in, long runs cut short where it says so."""

@@ -97,6 +97,23 @@ def test_labels_are_the_nearest_explicit_interests(data, recommender):
     assert empty["interests"] == [] and "interests" not in short and "because_of" not in short["items"][0]
 
 
+def test_each_interest_has_its_own_best_items(data, recommender):
+    vectors = np.load(data / "tiny" / "06_train" / RUN / "item_vectors.npy").astype(np.float64)
+    history = [70, 14, 2]
+    queries = [Query(ids(*history), k=5, per_interest=7), Query(ids(*history), exclude_items=ids(*range(3, N_ITEMS - 2)), per_interest=100),
+               Query(ids(*history), exclude_items=ids(*range(1, N_ITEMS + 1)), per_interest=3), Query(ids(*history), k=5)]
+    answers = recommender.recommend(queries)
+    seven, few, none, unasked = recommender.describe(answers)
+    for described, n, left_out in ((seven, 7, set(history)), (few, 4, {*history, *range(3, N_ITEMS - 2)}), (none, 0, set())):
+        for interest, vector in zip(described["interests"], answers[0].interests.astype(np.float64)):
+            scores = vectors @ vector
+            best = [m for m in np.argsort(-scores, kind="stable").tolist() if m and m not in left_out][:n]
+            assert [(i["rank"], i["id"]) for i in interest["items"]] == list(enumerate(ids(*best), 1))
+            assert [i["score"] for i in interest["items"]] == pytest.approx([scores[m] for m in best], rel=1e-4, abs=1e-6)
+            assert all(i["title"] == recommender.titles[m] and i["category"] == recommender.category[m] for i, m in zip(interest["items"], best))
+    assert seven["items"] == unasked["items"] and all("items" not in i for i in unasked["interests"])
+
+
 def test_the_map_places_items_and_interests_by_one_projection(data, recommender):
     trained = data / "tiny" / "06_train" / RUN
     projection, vectors = np.load(trained / "map_projection.npy"), np.load(trained / "item_vectors.npy")

@@ -59,6 +59,9 @@ def test_recommend(data, client):
     for item in answer["items"]:
         assert item["because_of"] == [i["id"] for i in answer["interests"][item["interest"]]["because_of"]]
         assert set(item["because_of"]) == set(ids(5, 40))
+    own = client.post("/recommend", json={"history": ids(5, 40), "k": 6, "per_interest": 2}).json()
+    assert own["items"] == answer["items"] and [[i["rank"] for i in interest["items"]] for interest in own["interests"]] == [[1, 2]] * 3
+    assert client.post("/recommend", json={"history": ids(5), "per_interest": 101}).status_code == 422
     user = client.post("/recommend", json={"user_id": "U3", "exclude_seen": False, "explain": False}).json()
     events = np.load(data / "tiny" / "01_preprocess" / "sequence_items.npy")[36:48].tolist()
     assert [i["id"] for i in user["items"]] == list(ids(*oracle(data, events, 20, set())[0])) and "interests" not in user

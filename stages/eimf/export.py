@@ -27,8 +27,8 @@ def save_export(model, max_len, path):
 def load_export(path, bare=False):
     """Load an exported model as a callable. Raises UserError for a file that is no export or that carries a pickle.
 
-    A `bare` one does not check and repack its arguments, which takes longer than the model itself for a single history; the
-    caller answers for dtype and shape.
+    A `bare` one does not check and repack its arguments, nor run the module's hooks, which takes longer than the model itself for a
+    single history; the caller answers for dtype and shape.
 
     torch.export archives may hold pickled parts, and torch would unpickle them, even after a failed safe attempt; ours
     never need that, so anything that does is refused before torch opens the file.
@@ -49,4 +49,5 @@ def load_export(path, bare=False):
             module.graph.erase_node(node)
         module.graph.set_codegen(torch.fx.graph.CodeGen())
         module.recompile()
+        return module.forward
     return module

@@ -28,7 +28,7 @@ BECAUSE = 3  # history items named as the reason of an interest
 # Items from which `auto` may take the HNSW index. On one core, exact search of Beauty's 12,101 items takes 60 us a user in batches
 # and grows with the catalogue, a graph search for four interests 170 us and hardly grows: `csrc/bench/bench.py` measures where they meet.
 CROSSOVER_ITEMS = 50_000
-MODEL_BATCH = 256  # histories in one model call: with more, what it computes no longer stays in the processor's cache
+MODEL_BATCH = 64  # histories in one model call: with more, what it computes no longer stays in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class Query:
 
     `user` names a user of the data set instead of a history; all its recorded events are then the history. Only the
     newest max_len known items are read by the model, but `exclude_seen` leaves out all of them. `allow_categories`: if
-    any are given, only items in one of them. `diversity`: see diversify(). `explain`: describe the reasons too.
+    any are given, only items in one of them. `diversity`: see diversify(). `explain`: describe the reasons too, with
+    the `per_interest` best items of each interest by its own score alone.
     """
     history: tuple = ()
     user: str | None = None
@@ -47,6 +48,7 @@ class Query:
     allow_categories: tuple = ()
     diversity: float = 0.0
     explain: bool = True
+    per_interest: int = 0
 
 
 @dataclass
@@ -288,6 +290,17 @@ class Recommender:
         ids, cosine, _ = rank(self.unit_vectors[None, None, number], self.unit_vectors, max(k, 1), exclude, self.threads)
         return ids[0, :k].tolist(), cosine[0, :k].tolist()
 
+    def own_lists(self, answer):
+        """Best items of each interest by its own score alone, exact: item numbers and scores, K lists of lists, see Query.per_interest.
+
+        Interests that point nearly the same way win few items of the ranked list or none; this shows what they stand for.
+        """
+        k, n = len(answer.interests), min(answer.query.per_interest, len(self.ids) - 1 - len(answer.excluded))
+        excluded = np.fromiter(answer.excluded, dtype=np.int64, count=len(answer.excluded))
+        exclude = np.arange(k + 1) * len(excluded), np.tile(excluded, k)
+        ids, scores, _ = rank(answer.interests[:, None], self.table, max(n, 1), exclude, self.threads)
+        return ids[:, :n].tolist(), scores[:, :n].tolist()
+
     # ---- answers as JSON ----
 
     def item(self, number):
@@ -357,13 +370,22 @@ class Recommender:
             numbers = list(dict.fromkeys(answer.history[:-self.max_len - 1:-1]))  # distinct, newest first
             cosine = interests[at:at + k] @ self.unit_vectors[numbers].T  # (K, distinct)
             nearest = np.argsort(-cosine, 1, kind="stable")[:, :BECAUSE].tolist()
+            own = self._own_texts(answer) if answer.query.per_interest else [""] * k
             texts, because = [], []
             for i, (row, values) in enumerate(zip(nearest, cosine.tolist())):
                 items = ", ".join(f'{{{self._piece(numbers[n])[1]}, "similarity": {values[n]:.4f}}}' for n in row)
-                texts.append(f'{{"interest": {i}, "label": {labels[at + i]}, "because_of": [{items}]{places[at + i]}}}')
+                texts.append(f'{{"interest": {i}, "label": {labels[at + i]}, "because_of": [{items}]{places[at + i]}{own[i]}}}')
                 because.append(f"[{', '.join([self.id_texts[numbers[n]] for n in row])}]")
             at += k
             yield texts, because
+
+    def _own_texts(self, answer):
+        """JSON of own_lists, one text for each interest."""
+        texts = []
+        for numbers, scores in zip(*self.own_lists(answer)):
+            items = [f'{{"rank": {rank}, {self._piece(n)[2]}, "score": {score:.6f}}}' for rank, (n, score) in enumerate(zip(numbers, scores), 1)]
+            texts.append(f', "items": [{", ".join(items)}]')
+        return texts
 
 
 def encode_list(names):

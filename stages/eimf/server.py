@@ -20,8 +20,9 @@ from .artifacts import UserError
 from .recommender import Query, Recommender, choose_run, fingerprint
 
 MAX_BATCH = 64  # queries in one kernel call; more only makes those in front wait for those behind
-GATHER_SECONDS = .002  # pause between two kernel calls while fewer than ENOUGH wait: one call for four queries takes half the
-ENOUGH = 8  # time of four calls, and a query that comes alone does not wait
+GATHER_SECONDS = .0005  # pause between two kernel calls while fewer than ENOUGH wait: one call for four queries takes half the
+ENOUGH = 8  # time of four calls, and a query that comes alone does not wait. A pause of 2 ms saves a fifth of the CPU time at 1,000
+# queries a second on one core, but makes the 99th percentile of the latency 8 ms instead of 5.
 SHORT = 1_000_000  # queries x items up to which a call is made by the thread that also reads requests: it takes milliseconds,
 # and on one core two threads would lose more by taking turns. Longer calls go to a thread of their own.
 MAX_WAITING = 4096  # queries that may wait; beyond that the answer is 503
@@ -291,7 +292,9 @@ def serve(settings, host, port, workers):
     app = create(settings)  # also with several workers, so that a wrong folder is reported once and before any starts
     print(f"serving run {app.live.current.run} on http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]} "
           f"with {workers} worker{'s' * (workers > 1)}; Ctrl-C stops", flush=True)
-    options = {"fd": listener.fileno(), "http": Connection, "ws": "none", "access_log": False, "log_level": "warning",
+    # asyncio's own loop: with uvloop the server was found no faster. The parser is httptools where it is installed; with h11 in its
+    # place a request takes a third more CPU time.
+    options = {"fd": listener.fileno(), "http": Connection, "loop": "asyncio", "ws": "none", "access_log": False, "log_level": "warning",
                "timeout_graceful_shutdown": 20, "server_header": False, "proxy_headers": False}
     if workers == 1:
         uvicorn.run(app, **options)

@@ -29,7 +29,7 @@ from .artifacts import PACKAGES, _version
 from .recommender import Query
 from .server import Batcher, Live, Metrics, Overloaded, resident_bytes, settle_memory
 
-LIMITS = {"body_bytes": 1 << 20, "history": 5000, "exclude_items": 5000, "allow_categories": 100, "k": 500, "batch": 256,
+LIMITS = {"body_bytes": 1 << 20, "history": 5000, "exclude_items": 5000, "allow_categories": 100, "k": 500, "per_interest": 100, "batch": 256,
           "id_characters": 256, "query_characters": 200, "search_results": 100, "map_points": 20000}
 TOKEN_VARIABLE = "EIMF_TOKEN"  # if set, requests need "Authorization: Bearer <its value>"
 OPEN = ("/", "/health")  # what answers without the token: the page holds no data, and load balancers have no token
@@ -63,13 +63,15 @@ class RecommendRequest(BaseModel):
     diversity: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False, description=(
         "0 ranks by score; an item loses this share of the scores' range for each item of its category above it"))] = 0.0
     explain: Annotated[bool, Field(description="with interests, their labels and the history items behind them")] = True
+    per_interest: Annotated[Annotated[int, Field(ge=0, le=LIMITS["per_interest"])], BeforeValidator(whole), Field(description=(
+        "with explain, so many items of each interest too, by its own score alone"))] = 0
 
     def query(self):
         """As a recommender's Query. Raises Refused unless exactly one of history and user_id is given."""
         if ("history" in self.model_fields_set) == ("user_id" in self.model_fields_set):
             raise Refused(422, "invalid_request", "give either history or user_id")
         return Query(tuple(self.history), self.user_id or None, self.k, self.exclude_seen, tuple(self.exclude_items),
-                     tuple(self.allow_categories), self.diversity, self.explain)
+                     tuple(self.allow_categories), self.diversity, self.explain, self.per_interest)
 
 
 class Error(BaseModel):
@@ -93,18 +95,22 @@ class Label(BaseModel):
     cluster: int
 
 
+class Scored(Item):
+    rank: int
+    score: float
+    category: str | None = None
+
+
 class Interest(BaseModel):
     interest: int
     label: Label | None
     because_of: list[Item]
     position: list[float] | None = None
+    items: list[Scored] | None = Field(None, description="if per_interest asks for them, the best by this interest alone")
 
 
-class Ranked(Item):
-    rank: int
-    score: float
+class Ranked(Scored):
     interest: int | None
-    category: str | None = None
     because_of: list[str] | None = None
 
 
