@@ -7,8 +7,11 @@
 // Both follow from the damped updates started at 0, with weight = 1 - damping^t.
 // Entries with r > 0, and the row's best, have s(i,k) >= the row's best value, so they are a prefix of the list.
 //
-// Where preferences are so low that the lists would approach whole rows, all messages are written out as float32 n x n arrays and
-// the run goes on with those (become_dense): then one sweep over 20 n^2 bytes an iteration is cheaper.
+// Where preferences are so low that the lists would approach whole rows, the similarities are kept as a float32 n x n array
+// (use_matrix), and only entries where a message differs from the implied value hold their own: those that ever were a row's best
+// (r) and those with r(i,k) > max(0, column sum) at some time (a). They are few at any preference. A row then is read whole only
+// where its first list and the columns with the highest values cannot decide it, and it is screened in float32: what may matter
+// is judged in float64. So every form has the same messages but for rounding in float64.
 #include <algorithm>
 #include <cstring>
 #include <map>
@@ -21,6 +24,9 @@ namespace {
 
 constexpr double NEVER = -1e300;  // stands for minus infinity where arithmetic must stay finite
 constexpr size_t FIRST_LENGTH = 64, GROWTH = 4;
+// Lists that hold more than 1 / LISTED_SHARE of all pairs are worse than the matrix.
+constexpr size_t LISTED_SHARE = 16;
+constexpr size_t ACTIVE = 64;  // columns that are tried before a whole row
 constexpr size_t SELF = static_cast<size_t>(-1);
 
 // One row's neighbours, by falling s, equal s by rising id.
@@ -46,11 +52,14 @@ public:
     virtual size_t n() const = 0;
     // Is s(i,k) the same for all pairs?
     virtual bool all_equal(const std::vector<Row> &rows) const = 0;
+    // The similarities, row after row, where they are given as a matrix (the diagonal is arbitrary); else nullptr.
+    virtual const float *matrix() const { return nullptr; }
+    // Are all pairs known?
+    virtual bool complete() const { return true; }
     // Give each of `which` a list of at least `length` neighbours (or all there are), by calling fill(i, neighbours, bound).
     using Fill = std::function<void(size_t i, const Neighbour *sorted, size_t length, float bound)>;
-    virtual void neighbours(const uint32_t *which, size_t count, size_t length, Team &team, Memory &memory, const Fill &fill) const = 0;
-    // All similarities, row after row, in `storage` or elsewhere (the diagonal is arbitrary); nullptr if pairs are missing.
-    virtual const float *matrix(Team &team, Memory &memory, Buffer<float> &storage) const = 0;
+    // If `matrix` is given (not where there is one already), each row's similarities go there as well, n values for each of `which`.
+    virtual void neighbours(const uint32_t *which, size_t count, size_t length, Team &team, Memory &memory, const Fill &fill, float *matrix) const = 0;
     // s(i,k); false if i has no edge to k.
     virtual bool similarity(size_t i, size_t k, double *s) const = 0;
     // For each member, the sum of s(i, member) over the other members (NEVER where one has no edge to it).
@@ -119,9 +128,15 @@ public:
         return true;
     }
 
-    void neighbours(const uint32_t *which, size_t count, size_t length, Team &team, Memory &memory, const Fill &fill) const override {
+    void neighbours(const uint32_t *which, size_t count, size_t length, Team &team, Memory &memory, const Fill &fill, float *matrix) const override {
         const size_t wanted = std::min(length, n() - 1);
-        TopNProblem problem{kernels_, centred_.data(), n(), d_, bias_.data(), nullptr, count, 1, wanted + 1, nullptr, {}, {}, {}};
+        TopNProblem problem{kernels_, centred_.data(), n(), d_, bias_.data(), nullptr, count, 1, wanted + 1, nullptr, {}, {}, {}, {}};
+        if (matrix)
+            problem.scores = [&](size_t q, size_t first, size_t stretch, const float *scores) {
+                float *s = matrix + q * n() + first;
+                const float bias = bias_[which[q]], weight = static_cast<float>(weight_[which[q]]);
+                for (size_t j = 0; j < stretch; ++j) s[j] = std::min(0.0f, 2 * (scores[j] + bias)) * weight;
+            };
         problem.rows = [&](size_t q) { return centred_.data() + static_cast<size_t>(which[q]) * d_; };
         problem.result = [&](size_t q, const RankKey *keys, const int32_t *, size_t found) {
             const size_t i = which[q];
@@ -139,34 +154,6 @@ public:
             fill(i, list.data(), kept, bound);
         };
         top_n(problem, team, memory);
-    }
-
-    const float *matrix(Team &team, Memory &memory, Buffer<float> &storage) const override {
-        storage = Buffer<float>(memory, checked_product(n(), n()));
-        const size_t width = kernels_->width, rows_per_block = 256;
-        team.run((n() + rows_per_block - 1) / rows_per_block, [&](size_t block) {
-            Buffer<float> panel(memory, width * d_);
-            float scores[8 * 64], bias[64];
-            const float *item[64];
-            const size_t first = block * rows_per_block, last = std::min(n(), first + rows_per_block);
-            for (size_t k = 0; k < n(); k += width) {
-                const size_t here = std::min(width, n() - k);
-                for (size_t j = 0; j < width; ++j) {
-                    item[j] = &centred_[(k + std::min(j, here - 1)) * d_];
-                    bias[j] = bias_[k + std::min(j, here - 1)];
-                }
-                kernels_->pack(item, d_, panel.data());
-                for (size_t i = first; i < last; i += kernels_->rows) {
-                    const size_t count = std::min(kernels_->rows, last - i);
-                    kernels_->tile(panel.data(), bias, &centred_[i * d_], count, d_, scores);
-                    for (size_t r = 0; r < count; ++r)
-                        for (size_t j = 0; j < here; ++j)
-                            storage[(i + r) * n() + k + j] =
-                                std::min(0.0f, 2 * (scores[r * width + j] + bias_[i + r])) * static_cast<float>(weight_[i + r]);
-                }
-            }
-        });
-        return storage.data();
     }
 
     void medoid_scores(const uint32_t *members, size_t count, double *scores) const override {
@@ -231,7 +218,7 @@ public:
                 if (i != k && s_[i * n_ + k] != s_[1]) return false;
         return true;
     }
-    void neighbours(const uint32_t *which, size_t count, size_t length, Team &team, Memory &memory, const Fill &fill) const override {
+    void neighbours(const uint32_t *which, size_t count, size_t length, Team &team, Memory &memory, const Fill &fill, float *) const override {
         const size_t wanted = std::min(length, n_ - 1);
         team.run(count, [&](size_t q) {
             const size_t i = which[q];
@@ -243,7 +230,7 @@ public:
             fill(i, all.data(), wanted, whole ? -std::numeric_limits<float>::infinity() : all[wanted - 1].s);
         });
     }
-    const float *matrix(Team &, Memory &, Buffer<float> &) const override { return s_; }
+    const float *matrix() const override { return s_; }
     void medoid_scores(const uint32_t *members, size_t count, double *scores) const override {
         std::fill_n(scores, count, 0.0);
         for (size_t i = 0; i < count; ++i)
@@ -282,7 +269,7 @@ public:
             if (row.length != n_ - 1 || row.s[0] != rows[0].s[0] || row.s[row.length - 1] != rows[0].s[0]) return false;
         return true;
     }
-    void neighbours(const uint32_t *which, size_t count, size_t, Team &team, Memory &memory, const Fill &fill) const override {
+    void neighbours(const uint32_t *which, size_t count, size_t, Team &team, Memory &memory, const Fill &fill, float *) const override {
         team.run((count + 1023) / 1024, [&](size_t block) {
             for (size_t q = block * 1024; q < std::min(count, (block + 1) * 1024); ++q) {
                 const size_t i = which[q], degree = static_cast<size_t>(indptr_[i + 1] - indptr_[i]);
@@ -295,7 +282,7 @@ public:
             }
         });
     }
-    const float *matrix(Team &, Memory &, Buffer<float> &) const override { return nullptr; }
+    bool complete() const override { return false; }
     void medoid_scores(const uint32_t *members, size_t count, double *scores) const override {
         std::fill_n(scores, count, 0.0);
         std::vector<size_t> edges(count, 0);
@@ -328,11 +315,27 @@ public:
     const std::vector<uint32_t> &first_lengths() const { return first_lengths_; }
     bool loaded() const { return !first_lengths_.empty(); }
 
-    void load(Team &team) {
-        std::vector<uint32_t> all(source_.n());
-        std::iota(all.begin(), all.end(), 0u);
-        fetch(all, FIRST_LENGTH, team);
+    // The first lists, and the matrix if that will be needed and may be held.
+    void load(Team &team, bool with_matrix) {
+        fetch_all(team, with_matrix && matrix_fits() && hold_matrix());
         for (const Row &row : rows_) first_lengths_.push_back(row.length);
+    }
+
+    // May the matrix be held under the memory limit?
+    bool matrix_fits() const {
+        return source_.complete() && (source_.matrix() || matrix_.size() || memory_.allows(checked_product(checked_product(source_.n(), source_.n()), sizeof(float))));
+    }
+
+    // All similarities, row after row; the diagonal is arbitrary.
+    const float *matrix(Team &team) {
+        if (source_.matrix()) return source_.matrix();
+        if (!matrix_.size() && hold_matrix()) {
+            Lists again(source_, memory_);  // its lists are the first ones
+            again.matrix_.swap(matrix_);
+            again.fetch_all(team, true);
+            again.matrix_.swap(matrix_);
+        }
+        return matrix_.data();
     }
 
     // Make the lists of `which` at least as long as `lengths` says, or whole.
@@ -344,7 +347,22 @@ public:
     }
 
 private:
-    void fetch(const std::vector<uint32_t> &which, size_t length, Team &team) {
+    // False if there is one already, outside.
+    bool hold_matrix() {
+        if (source_.matrix()) return false;
+        matrix_ = Buffer<float>(memory_, checked_product(source_.n(), source_.n()));
+        return true;
+    }
+
+    void fetch_all(Team &team, bool with_matrix) {
+        std::vector<uint32_t> all(source_.n());
+        std::iota(all.begin(), all.end(), 0u);
+        fetch(all, FIRST_LENGTH, team, with_matrix ? matrix_.data() : nullptr);
+        for (size_t i = 0; with_matrix && i < rows_.size(); ++i)  // the lists' values are the more exact ones
+            for (size_t j = 0; j < rows_[i].length; ++j) matrix_[i * rows_.size() + rows_[i].id[j]] = rows_[i].s[j];
+    }
+
+    void fetch(const std::vector<uint32_t> &which, size_t length, Team &team, float *matrix = nullptr) {
         source_.neighbours(which.data(), which.size(), length, team, memory_,
                            [this](size_t i, const Neighbour *sorted, size_t found, float bound) {
                                Buffer<unsigned char> larger(memory_, found * ENTRY_BYTES);
@@ -353,7 +371,7 @@ private:
                                for (size_t j = 0; j < found; ++j) row.s[j] = sorted[j].s, row.id[j] = sorted[j].id;
                                rows_[i] = row;
                                owned_[i] = std::move(larger);
-                           });
+                           }, matrix);
     }
 
     const Source &source_;
@@ -361,6 +379,7 @@ private:
     std::vector<Row> rows_;
     std::vector<Buffer<unsigned char>> owned_;  // what the rows point into
     std::vector<uint32_t> first_lengths_;
+    Buffer<float> matrix_;
 };
 
 // ------------------------------------------------------------------------------------------------------------ the engine
@@ -380,6 +399,27 @@ struct Messages {
         room = larger;
         r = values.data();
         a = r + larger;
+    }
+};
+
+// A pair whose messages are not the implied ones, where the matrix is used.
+struct Entry {
+    double r, a;
+    float s;
+    uint32_t id;
+};
+
+struct Entries {
+    Buffer<Entry> entry;
+    uint32_t used = 0;
+
+    void add(Memory &memory, const Entry &e) {
+        if (used == entry.size()) {
+            Buffer<Entry> next(memory, used ? size_t{2} * used : 8);
+            std::copy_n(entry.data(), used, next.data());
+            entry = std::move(next);
+        }
+        entry[used++] = e;
     }
 };
 
@@ -414,7 +454,8 @@ public:
 
     Clustering run(eimf_ap_result *result) {
         report(0, 0);
-        if (!lists_.loaded()) lists_.load(team_);
+        const bool with_matrix = matrix_needed();
+        if (!lists_.loaded()) lists_.load(team_, with_matrix);
         std::copy_n(lists_.first_lengths().begin(), n_, visible_.data());
         report(0, 0);
         Clustering found;
@@ -422,7 +463,8 @@ public:
             result->converged = 1;
             return found;
         }
-        decide_ties(-32);
+        decide_ties();
+        if (with_matrix && lists_.matrix_fits()) use_matrix();
         Clustering best;
         best.net_similarity = -std::numeric_limits<double>::infinity();
         const size_t first_candidate = options_.max_iter - std::min(options_.max_iter, options_.convergence_iter);
@@ -461,14 +503,31 @@ private:
             fail(EIMF_ERROR_INTERRUPTED, "stopped by the progress callback at iteration %zu", iteration);
     }
 
-    // Lower each preference by a little of its own, at most 2^exponent of its size, so that columns that serve equally differ. The
-    // difference must outlast rounding: the messages of lists are float64, explicit ones float32.
-    void decide_ties(int exponent) {
+    // Lower each preference by a little of its own, at most 2^-32 of its size, so that columns that serve equally differ.
+    void decide_ties() {
         for (size_t i = 0; i < n_; ++i) {
             double scale = std::fabs(preference_[i]);
             if (lists_[i].length) scale = std::max(scale, std::fabs(static_cast<double>(lists_[i].s[0])));
-            p_[i] = preference_[i] - std::ldexp(scale, exponent) * spread(static_cast<uint32_t>(i));
+            p_[i] = preference_[i] - std::ldexp(scale, -32) * spread(static_cast<uint32_t>(i));
         }
+    }
+
+    // Will rows be scanned so far that lists do not pay? The second iteration is the one that scans furthest: columns are then worth
+    // about gain^2 (p - s1), with s1 the row's best similarity. Judged by 8 rows, the same whatever lists there are.
+    bool matrix_needed() const {
+        if (!source_.complete() || n_ <= 2 * FIRST_LENGTH) return false;
+        const double gain = 1 - options_.damping;
+        size_t far = 0;
+        std::vector<double> s(n_);
+        const size_t rows = 8;
+        for (size_t q = 0; q < rows; ++q) {
+            const size_t i = q * n_ / rows;
+            double best = -std::numeric_limits<double>::infinity();
+            for (size_t k = 0; k < n_; ++k)
+                if (k != i && source_.similarity(i, k, &s[k])) best = std::max(best, s[k]);
+            for (size_t k = 0; k < n_; ++k) far += k != i && s[k] > best + gain * gain * (preference_[i] - best);
+        }
+        return far > rows * n_ / LISTED_SHARE;
     }
 
     // Cases with a known answer, where messages would only oscillate.
@@ -564,10 +623,7 @@ private:
     }
 
     void responsibilities() {
-        if (dense_s_) {
-            team_.run(blocks_, [this](size_t b) { dense_block(b, static_cast<float>(options_.damping)); });
-            return;
-        }
+        if (matrix_) return team_.run(blocks_, [this](size_t b) { matrix_block(b, true); });
         team_.run(blocks_, [this](size_t b) {
             const size_t first = b * n_ / blocks_, last = (b + 1) * n_ / blocks_;
             waiting_[b].clear();
@@ -586,10 +642,9 @@ private:
         for (uint32_t b : blocked) short_rows.insert(short_rows.end(), waiting_[b].begin(), waiting_[b].end());
         while (!short_rows.empty()) {
             const std::vector<uint32_t> lengths = lengths_for(short_rows);
-            if (should_be_dense(lengths) && become_dense()) {
-                // Availabilities of this iteration are there already, so they are kept as they are: damping 1.
-                team_.run(blocked.size(), [&](size_t q) { dense_block(blocked[q], 1.0f); });
-                return;
+            if (too_long(lengths) && lists_.matrix_fits()) {
+                use_matrix();
+                return team_.run(blocked.size(), [&](size_t q) { matrix_block(blocked[q], false); });
             }
             lists_.grow(short_rows, lengths, team_);
             for (size_t q = 0; q < short_rows.size(); ++q) visible_[short_rows[q]] = lengths[q];
@@ -625,63 +680,201 @@ private:
     }
 
     // Would the lists hold more than a part of all pairs?
-    bool should_be_dense(const std::vector<uint32_t> &lengths) const {
+    bool too_long(const std::vector<uint32_t> &lengths) const {
         size_t listed = std::accumulate(lengths.begin(), lengths.end(), size_t{0});
         for (size_t i = 0; i < n_; ++i) listed += visible_[i];
-        return listed > n_ / 4 * n_;
+        return listed > n_ / LISTED_SHARE * n_;
     }
 
-    // Write all messages out. Blocks without waiting rows have done this iteration's responsibilities already. False if pairs are missing
-    // or the memory limit forbids it.
-    bool become_dense() {
-        const size_t pairs = checked_product(n_, n_);
-        if (options_.memory_limit && memory_.held() + 3 * pairs * sizeof(float) > options_.memory_limit) return false;
-        const float *s = source_.matrix(team_, memory_, dense_storage_);
-        if (!s) return false;
-        dense_r_ = Buffer<float>(memory_, pairs);
-        dense_a_ = Buffer<float>(memory_, pairs);
-        dense_partial_ = Buffer<float>(memory_, checked_product(blocks_, n_), 0.0f);
-        dense_column_sum_ = Buffer<float>(memory_, n_, 0.0f);
+    // From here on with the matrix. Between two iterations, or in the middle of one: then blocks without waiting rows have done this
+    // iteration's responsibilities already.
+    void use_matrix() {
+        matrix_ = lists_.matrix(team_);
+        largest_ = largest_magnitude(matrix_, n_, n_, "similarities");
+        entries_.resize(n_);
+        screen_ = Buffer<float>(memory_, n_);
+        excess_ = Buffer<float>(memory_, n_);
         const double next_weight = options_.damping * weight_ + 1 - options_.damping;
         team_.run(blocks_, [&](size_t b) {
             const double weight = waiting_[b].empty() ? next_weight : weight_;
             for (size_t i = b * n_ / blocks_; i < (b + 1) * n_ / blocks_; ++i) {
-                float *r = &dense_r_[i * n_], *a = &dense_a_[i * n_];
-                const Row row = visible(i);
-                const Messages &own = messages_[i];
-                if (dense_storage_.size())
-                    for (size_t j = 0; j < row.length; ++j) dense_storage_[i * n_ + row.id[j]] = row.s[j];
-                for (size_t k = 0; k < n_; ++k) {
-                    r[k] = static_cast<float>(weight * s[i * n_ + k] - level_[i]);
-                    a[k] = static_cast<float>(column_[k]);
-                }
+                Messages &own = messages_[i];
                 for (size_t j = 0; j < own.used; ++j) {
-                    r[row.id[j]] = static_cast<float>(own.r[j]);
-                    a[row.id[j]] = static_cast<float>(own.a[j]);
+                    const Entry e{own.r[j], own.a[j], lists_[i].s[j], lists_[i].id[j]};
+                    if (!implied(e, weight, level_[i])) entries_[i].add(memory_, e);
                 }
+                own = Messages();
             }
         });
-        dense_s_ = s;
-        decide_ties(-18);
-        return true;
+        prepare_columns();
     }
 
-    // One iteration of the block's rows on explicit messages; the diagonal is kept apart, as ever.
-    void dense_block(size_t b, float damping) {
-        const float keep = static_cast<float>(options_.damping), gain = 1 - keep;
-        for (size_t i = b * n_ / blocks_; i < (b + 1) * n_ / blocks_; ++i) {
-            const float *s = dense_s_ + i * n_;
-            float *r = &dense_r_[i * n_], *a = &dense_a_[i * n_], *partial = &dense_partial_[b * n_];
-            float best = -std::numeric_limits<float>::infinity(), second = best;
-            kernels_->row_availabilities(s, r, a, dense_column_sum_.data(), i, damping, 1 - damping, &best, &second);
-            kernels_->row_availabilities(s + i + 1, r + i + 1, a + i + 1, &dense_column_sum_[i] + 1, n_ - i - 1, damping, 1 - damping, &best, &second);
-            const double self = a_self_[i] + p_[i], others = best;
-            if (self > best) second = best = static_cast<float>(self);
-            else if (self > second) second = static_cast<float>(self);
-            r_self_[i] = options_.damping * r_self_[i] + (1 - options_.damping) * (p_[i] - (self > others ? others : static_cast<double>(best)));
-            kernels_->row_responsibilities(s, r, a, i, keep, gain, best, second, partial);
-            kernels_->row_responsibilities(s + i + 1, r + i + 1, a + i + 1, n_ - i - 1, keep, gain, best, second, partial + i + 1);
+    // Are these the messages that a pair without an entry has, but for rounding?
+    bool implied(const Entry &e, double weight, double level) const {
+        const double r = weight * e.s - level, scale = 1e-13 * std::fabs(e.s);
+        return std::fabs(e.r - r) <= 1e-13 * std::fabs(r) + scale && std::fabs(e.a - column_[e.id]) <= 1e-13 * std::fabs(column_[e.id]) + scale;
+    }
+
+    // What all rows use of the columns' present values: float32 copies, for screening, and the columns with the highest values.
+    void prepare_columns() {
+        double largest = 0;
+        for (size_t k = 0; k < n_; ++k) {
+            largest = std::max(largest, std::fabs(column_[k]));
+            screen_[k] = static_cast<float>(std::max(column_[k], -3e38));
+            // A little smaller than it is, so that rounding hides no responsibility above it.
+            excess_[k] = -static_cast<float>(std::min(std::max(column_sum_[k], 0.0), 3e38) * (1 - std::ldexp(1, -20)));
         }
+        screen_error_ = std::ldexp(largest_ + largest, -21);
+        active_.resize(n_);
+        std::iota(active_.begin(), active_.end(), 0u);
+        const auto higher = [this](uint32_t a, uint32_t b) { return column_[a] != column_[b] ? column_[a] > column_[b] : a < b; };
+        if (n_ > ACTIVE) {
+            std::nth_element(active_.begin(), active_.begin() + ACTIVE, active_.end(), higher);
+            rest_ = column_[active_[ACTIVE]];
+            active_.resize(ACTIVE);
+        } else {
+            rest_ = -std::numeric_limits<double>::infinity();
+        }
+        std::sort(active_.begin(), active_.end(), higher);
+    }
+
+    // One thread's copies of what marks change, and room for indices.
+    struct Scratch {
+        Scratch(Memory &memory, const Buffer<float> &screen_, const Buffer<float> &excess_)
+            : screen(memory, screen_.size()), excess(memory, screen_.size()), maxima(memory, screen_.size() / STRETCH + 1), found(memory, screen_.size()) {
+            std::copy_n(screen_.data(), screen_.size(), screen.data());
+            std::copy_n(excess_.data(), excess_.size(), excess.data());
+        }
+        Buffer<float> screen, excess, maxima;  // minus infinity marks in `screen` a column seen, in `excess` one with an entry
+        Buffer<uint32_t> found;
+        std::vector<double> kept;
+    };
+
+    // One iteration of the block's rows; with `all` = false the availabilities have been updated already.
+    void matrix_block(size_t b, bool all) {
+        Scratch scratch(memory_, screen_, excess_);
+        for (size_t i = b * n_ / blocks_; i < (b + 1) * n_ / blocks_; ++i) matrix_row(i, scratch, &partial_[b * n_], all);
+    }
+
+    void matrix_row(size_t i, Scratch &scratch, double *column_sum, bool all) {
+        constexpr float MARK = -std::numeric_limits<float>::infinity();
+        const double damping = options_.damping, gain = 1 - damping, weight = weight_, level = level_[i];
+        const float *s = matrix_ + i * n_;
+        Row row = lists_[i];
+        if (lists_.first_lengths()[i] < row.length) {
+            row.length = lists_.first_lengths()[i];
+            row.bound = row.s[row.length];
+        }
+        Entries &own = entries_[i];
+        float *screen = scratch.screen.data(), *excess = scratch.excess.data();
+        uint32_t *found = scratch.found.data();
+        const auto mark = [&](uint32_t k) { screen[k] = excess[k] = MARK; };
+        mark(static_cast<uint32_t>(i));
+
+        // Availabilities of the entries; drop those that have become as implied.
+        uint32_t kept = 0;
+        for (uint32_t j = 0; j < own.used; ++j) {
+            Entry e = own.entry[j];
+            if (all) {
+                e.a = damping * e.a + gain * std::min(0.0, column_sum_[e.id] - std::max(e.r, 0.0));
+                if (implied(e, weight, level)) continue;
+            }
+            mark(e.id);
+            own.entry[kept++] = e;
+        }
+        own.used = kept;
+        // New entries: pairs whose own responsibility now matters to their availability, r > max(0, column sum).
+        if (all) {
+            const auto consider = [&](uint32_t k, float similarity) {
+                const double r = weight * similarity - level, sum = column_sum_[k];
+                if (r <= std::max(0.0, sum)) return;
+                own.add(memory_, {r, column_[k] + gain * (std::min(0.0, sum - r) - std::min(0.0, sum)), similarity, k});
+                mark(k);
+            };
+            if (weight * row.bound - level > 0) {
+                const double limit = level - std::ldexp(largest_ + std::fabs(level), -21);
+                const size_t count = kernels_->find_above(s, excess, n_, static_cast<float>(weight), static_cast<float>(limit), found);
+                for (size_t q = 0; q < count; ++q) consider(found[q], s[found[q]]);
+            } else {
+                for (size_t j = 0; j < row.length && weight * row.s[j] - level > 0; ++j)
+                    if (excess[row.id[j]] != MARK) consider(row.id[j], row.s[j]);
+            }
+        }
+
+        // The two best values of a + s.
+        double best = a_self_[i] + p_[i], second = -std::numeric_limits<double>::infinity();
+        uint32_t arg = static_cast<uint32_t>(i);
+        const auto see = [&](double value, uint32_t k) {
+            if (value > best) second = best, best = value, arg = k;
+            else if (value > second) second = value;
+        };
+        for (uint32_t j = 0; j < own.used; ++j) see(own.entry[j].s + own.entry[j].a, own.entry[j].id);
+        size_t listed = 0, tried = 0;
+        for (; listed < row.length && row.s[listed] > second; ++listed) {
+            const uint32_t k = row.id[listed];
+            if (screen[k] != MARK) see(row.s[listed] + column_[k], k);
+        }
+        if (listed == row.length && row.bound > second) {
+            for (size_t j = 0; j < row.length; ++j) screen[row.id[j]] = MARK;
+            for (; tried < active_.size() && row.bound + column_[active_[tried]] > second; ++tried) {
+                const uint32_t k = active_[tried];
+                if (screen[k] == MARK) continue;
+                see(s[k] + column_[k], k);
+                screen[k] = MARK;
+            }
+            if (tried == active_.size() && row.bound + rest_ > second) {
+                float *maxima = scratch.maxima.data(), top = MARK, next = MARK;
+                kernels_->stretch_maxima(s, screen, n_, maxima);
+                for (size_t first = 0; first < n_; first += STRETCH) {
+                    const float value = maxima[first / STRETCH];
+                    next = std::max(next, std::min(top, value));
+                    top = std::max(top, value);
+                }
+                // Two pairs at least have a true value of `next` - error.
+                const double limit = std::max(second, next - screen_error_) - screen_error_;
+                for (size_t first = 0; first < n_; first += STRETCH) {
+                    if (maxima[first / STRETCH] < limit) continue;
+                    const size_t count = kernels_->find_above(s + first, screen + first, std::min(STRETCH, n_ - first), 1.0f, static_cast<float>(limit), found);
+                    for (size_t q = 0; q < count; ++q) {
+                        const uint32_t k = static_cast<uint32_t>(first) + found[q];
+                        see(s[k] + column_[k], k);
+                    }
+                }
+            }
+            for (size_t j = 0; j < row.length; ++j) screen[row.id[j]] = screen_[row.id[j]];
+            for (size_t j = 0; j < tried; ++j) screen[active_[j]] = screen_[active_[j]];
+        }
+        if (arg != i && excess[arg] != MARK) {
+            own.add(memory_, {weight * s[arg] - level, column_[arg], s[arg], arg});
+            mark(arg);
+        }
+
+        // Responsibilities, and the columns' sums of the positive ones.
+        r_self_[i] = damping * r_self_[i] + gain * (p_[i] - (arg == i ? second : best));
+        const double next_weight = damping * weight + gain, next_level = damping * level + gain * best;
+        if (next_weight * row.bound - next_level > 0) {
+            scratch.kept.assign(1, column_sum[i]);
+            for (uint32_t j = 0; j < own.used; ++j) scratch.kept.push_back(column_sum[own.entry[j].id]);
+            kernels_->add_positive(s, n_, next_weight, next_level, column_sum);
+            column_sum[i] = scratch.kept[0];
+            for (uint32_t j = 0; j < own.used; ++j) column_sum[own.entry[j].id] = scratch.kept[j + 1];
+        } else {
+            for (size_t j = 0; j < row.length; ++j) {
+                const double r = next_weight * row.s[j] - next_level;
+                if (r <= 0) break;
+                if (excess[row.id[j]] != MARK) column_sum[row.id[j]] += r;
+            }
+        }
+        for (uint32_t j = 0; j < own.used; ++j) {
+            Entry &e = own.entry[j];
+            e.r = damping * e.r + gain * (e.s - (e.id == arg ? second : best));
+            if (e.r > 0) column_sum[e.id] += e.r;
+            screen[e.id] = screen_[e.id];
+            excess[e.id] = excess_[e.id];
+        }
+        screen[i] = screen_[i];
+        excess[i] = excess_[i];
+        level_[i] = next_level;
     }
 
     // Column sums, the diagonal, the implied column values, and the exemplars. True if some point has changed its mind within
@@ -698,14 +891,9 @@ private:
                     sum += partial_[b * n_ + k];
                     partial_[b * n_ + k] = 0;
                 }
-                for (size_t b = 0; dense_s_ && b < blocks_; ++b) {
-                    sum += dense_partial_[b * n_ + k];
-                    dense_partial_[b * n_ + k] = 0;
-                }
                 a_self_[k] = damping * a_self_[k] + gain * sum;
                 column_sum_[k] = sum + r_self_[k];
                 column_[k] = damping * column_[k] + gain * std::min(0.0, column_sum_[k]);
-                if (dense_s_) dense_column_sum_[k] = static_cast<float>(column_sum_[k]);
                 const uint8_t exemplar = a_self_[k] + r_self_[k] > 0;
                 unchanged_[k] = exemplar == is_exemplar_[k] ? unchanged_[k] + 1 : 1;
                 is_exemplar_[k] = exemplar;
@@ -715,6 +903,7 @@ private:
         });
         exemplar_count_ = std::accumulate(count.begin(), count.end(), size_t{0});
         weight_ = damping * weight_ + gain;
+        if (matrix_) prepare_columns();
         return std::find(changing.begin(), changing.end(), 1) != changing.end();
     }
 
@@ -804,9 +993,12 @@ private:
     std::vector<std::vector<uint32_t>> waiting_;  // per block: rows whose list was too short
     double weight_ = 0;
     size_t exemplar_count_ = 0;
-    // After become_dense: explicit messages off the diagonal.
-    const float *dense_s_ = nullptr;
-    Buffer<float> dense_storage_, dense_r_, dense_a_, dense_partial_, dense_column_sum_;
+    // After use_matrix.
+    const float *matrix_ = nullptr;
+    double largest_ = 0, screen_error_ = 0, rest_ = 0;  // rest_: no column outside `active_` is worth more
+    std::vector<Entries> entries_;
+    Buffer<float> screen_, excess_;
+    std::vector<uint32_t> active_;
 };
 
 // ------------------------------------------------------------------------------------------------------- the C functions

@@ -8,6 +8,8 @@
 
 namespace eimf {
 
+constexpr size_t STRETCH = 512;
+
 struct ScoreKernels {
     const char *name;
     size_t width;  // items per panel, at most 64
@@ -30,13 +32,15 @@ struct ScoreKernels {
     // How many of the scores are above `threshold`.
     size_t (*count_above)(const float *scores, size_t count, float threshold);
 
-    // Affinity propagation on a stretch of one row of explicit messages. First a is updated from the column sums and r,
-    // a = damping a + gain min(0, column_sum - max(0, r)), and the two largest a + s are kept in best and second; then r from
-    // those: r = damping r + gain (s - (a + s == best ? second : best)), and max(0, r) is added to the column's partial sum.
-    void (*row_availabilities)(const float *s, const float *r, float *a, const float *column_sum, size_t n, float damping, float gain,
-                               float *best, float *second);
-    void (*row_responsibilities)(const float *s, float *r, const float *a, size_t n, float damping, float gain, float best,
-                                 float second, float *partial);
+    // Affinity propagation reads rows s of the similarities (n values) with these.
+    // maxima[b] = the largest s[k] + column[k] of stretch b, k in [b * STRETCH, (b + 1) * STRETCH).
+    void (*stretch_maxima)(const float *s, const float *column, size_t n, float *maxima);
+
+    // found = all k with weight * s[k] + column[k] > limit, ascending. Returns how many.
+    size_t (*find_above)(const float *s, const float *column, size_t n, float weight, float limit, uint32_t *found);
+
+    // sum[k] += max(0, weight * s[k] - level).
+    void (*add_positive)(const float *s, size_t n, double weight, double level, double *sum);
 
     // Squared Euclidean distance, in float64 over eight interleaved partial sums.
     double (*squared_distance)(const float *x, const float *y, size_t d);

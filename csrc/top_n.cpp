@@ -159,6 +159,8 @@ int32_t search_block(const TopNProblem &p, size_t first_user, size_t last_user, 
                     kernels.tile(packed, bias, &queries[u * row] + r * p.d, std::min(kernels.rows, p.k - r), p.d, &scores[r * width]);
                 above[0] = kernels.best(scores.data(), p.k, threshold[0], best);
             }
+            for (size_t v = 0; p.scores && v < here; ++v)
+                p.scores(first_user + u + v, id[0], static_cast<size_t>(__builtin_popcountll(valid)), best + v * width);
             for (size_t v = 0; v < here; ++v) {
                 uint64_t mask = above[v] & valid;
                 if (!mask) continue;
@@ -340,7 +342,7 @@ void run(const Request &q, const eimf_items *prepared, int64_t *ids, float *scor
     for (size_t e = 0; e < n_excluded; ++e) excluded[e] = static_cast<uint32_t>(q.options.exclude_indices[e]);
     for (size_t u = 0; n_excluded && u < q.users; ++u) std::sort(excluded.data() + indptr[u], excluded.data() + indptr[u + 1]);
 
-    TopNProblem problem{kernels, q.items, q.n_items, q.d, nullptr, q.options.allowed, q.users, q.k, q.n, prepared ? prepared->panels.data() : nullptr, {}, {}, {}};
+    TopNProblem problem{kernels, q.items, q.n_items, q.d, nullptr, q.options.allowed, q.users, q.k, q.n, prepared ? prepared->panels.data() : nullptr, {}, {}, {}, {}};
     problem.rows = [&](size_t user) { return q.interests + user * q.k * q.d; };
     if (n_excluded)
         problem.accepts = [&](size_t user, uint32_t id) {

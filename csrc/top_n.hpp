@@ -42,6 +42,8 @@ struct TopNProblem {
     std::function<const float *(size_t user)> rows;
     // May item `id` be given to `user`? Asked only of items that would enter the list. Empty: all may.
     std::function<bool(size_t user, uint32_t id)> accepts;
+    // With k = 1, if given: all scores, as stretches of items [first, first + count). Needs `allowed` to be nullptr.
+    std::function<void(size_t user, size_t first, size_t count, const float *scores)> scores;
     // The result: up to n keys, best first, and which of the user's rows gave the score. Called on worker threads, once per user.
     std::function<void(size_t user, const RankKey *keys, const int32_t *winner, size_t count)> result;
 };
