@@ -402,25 +402,47 @@ struct Messages {
     }
 };
 
-// A pair whose messages are not the implied ones, where the matrix is used.
-struct Entry {
+// Row i's pairs with messages of their own, where the matrix is used.
+struct Entry {  // r and a
     double r, a;
     float s;
     uint32_t id;
+    double sum = 0;  // scratch
 };
 
-struct Entries {
-    Buffer<Entry> entry;
+struct Lagging {  // a alone; r is the implied one
+    Buffer<double> a;
+    Buffer<float> s;
+    Buffer<uint32_t> id;
     uint32_t used = 0;
 
-    void add(Memory &memory, const Entry &e) {
-        if (used == entry.size()) {
-            Buffer<Entry> next(memory, used ? size_t{2} * used : 8);
-            std::copy_n(entry.data(), used, next.data());
-            entry = std::move(next);
+    void add(Memory &memory, uint32_t id_, float s_, double a_) {
+        if (used == a.size()) {
+            const size_t room = used ? size_t{2} * used : 16;
+            Buffer<double> next_a(memory, room);
+            Buffer<float> next_s(memory, room);
+            Buffer<uint32_t> next_id(memory, room);
+            std::copy_n(a.data(), used, next_a.data());
+            std::copy_n(s.data(), used, next_s.data());
+            std::copy_n(id.data(), used, next_id.data());
+            a = std::move(next_a);
+            s = std::move(next_s);
+            id = std::move(next_id);
         }
-        entry[used++] = e;
+        a[used] = a_;
+        s[used] = s_;
+        id[used++] = id_;
     }
+    void move(uint32_t from, uint32_t to) {
+        a[to] = a[from];
+        s[to] = s[from];
+        id[to] = id[from];
+    }
+};
+
+struct Own {
+    std::vector<Entry> entries;
+    Lagging lagging;
 };
 
 // Distinct numbers in [0, 1) that differ much for neighbouring k (the van der Corput sequence).
@@ -469,6 +491,7 @@ public:
         best.net_similarity = -std::numeric_limits<double>::infinity();
         const size_t first_candidate = options_.max_iter - std::min(options_.max_iter, options_.convergence_iter);
         for (size_t iteration = 0; iteration < options_.max_iter; ++iteration) {
+            cleaning_ = iteration % 8 == 7;
             responsibilities();
             const bool changing = availabilities();
             result->n_iter = iteration + 1;
@@ -691,7 +714,9 @@ private:
     void use_matrix() {
         matrix_ = lists_.matrix(team_);
         largest_ = largest_magnitude(matrix_, n_, n_, "similarities");
-        entries_.resize(n_);
+        own_.resize(n_);
+        words_ = (n_ + 31) / 32;
+        with_own_ = Buffer<uint32_t>(memory_, checked_product(n_, words_), 0u);
         screen_ = Buffer<float>(memory_, n_);
         excess_ = Buffer<float>(memory_, n_);
         const double next_weight = options_.damping * weight_ + 1 - options_.damping;
@@ -701,19 +726,25 @@ private:
                 Messages &own = messages_[i];
                 for (size_t j = 0; j < own.used; ++j) {
                     const Entry e{own.r[j], own.a[j], lists_[i].s[j], lists_[i].id[j]};
-                    if (!implied(e, weight, level_[i])) entries_[i].add(memory_, e);
+                    const bool implied = same(e.r, weight * e.s - level_[i], e.s);
+                    if (implied && same(e.a, column_[e.id], e.s)) continue;
+                    if (implied) own_[i].lagging.add(memory_, e.id, e.s, e.a);
+                    else own_[i].entries.push_back(e);
+                    set_bit(&with_own_[i * words_], e.id);
                 }
                 own = Messages();
+                set_bit(&with_own_[i * words_], static_cast<uint32_t>(i));
             }
         });
         prepare_columns();
     }
 
-    // Are these the messages that a pair without an entry has, but for rounding?
-    bool implied(const Entry &e, double weight, double level) const {
-        const double r = weight * e.s - level, scale = 1e-13 * std::fabs(e.s);
-        return std::fabs(e.r - r) <= 1e-13 * std::fabs(r) + scale && std::fabs(e.a - column_[e.id]) <= 1e-13 * std::fabs(column_[e.id]) + scale;
-    }
+    static bool bit(const uint32_t *bits, uint32_t k) { return bits[k / 32] >> (k % 32) & 1; }
+    static void set_bit(uint32_t *bits, uint32_t k) { bits[k / 32] |= 1u << (k % 32); }
+    static void clear_bit(uint32_t *bits, uint32_t k) { bits[k / 32] &= ~(1u << (k % 32)); }
+
+    // Is this message what a pair without one of its own has, but for rounding?
+    static bool same(double own, double implied, float s) { return std::fabs(own - implied) <= 1e-13 * (std::fabs(implied) + std::fabs(s)); }
 
     // What all rows use of the columns' present values: float32 copies, for screening, and the columns with the highest values.
     void prepare_columns() {
@@ -738,26 +769,16 @@ private:
         std::sort(active_.begin(), active_.end(), higher);
     }
 
-    // One thread's copies of what marks change, and room for indices.
-    struct Scratch {
-        Scratch(Memory &memory, const Buffer<float> &screen_, const Buffer<float> &excess_)
-            : screen(memory, screen_.size()), excess(memory, screen_.size()), maxima(memory, screen_.size() / STRETCH + 1), found(memory, screen_.size()) {
-            std::copy_n(screen_.data(), screen_.size(), screen.data());
-            std::copy_n(excess_.data(), excess_.size(), excess.data());
-        }
-        Buffer<float> screen, excess, maxima;  // minus infinity marks in `screen` a column seen, in `excess` one with an entry
-        Buffer<uint32_t> found;
-        std::vector<double> kept;
-    };
-
     // One iteration of the block's rows; with `all` = false the availabilities have been updated already.
     void matrix_block(size_t b, bool all) {
-        Scratch scratch(memory_, screen_, excess_);
-        for (size_t i = b * n_ / blocks_; i < (b + 1) * n_ / blocks_; ++i) matrix_row(i, scratch, &partial_[b * n_], all);
+        Buffer<float> screen(memory_, n_), maxima(memory_, n_ / STRETCH + 1);
+        Buffer<uint32_t> found(memory_, n_);
+        std::copy_n(screen_.data(), n_, screen.data());
+        for (size_t i = b * n_ / blocks_; i < (b + 1) * n_ / blocks_; ++i)
+            matrix_row(i, screen.data(), maxima.data(), found.data(), &partial_[b * n_], all);
     }
 
-    void matrix_row(size_t i, Scratch &scratch, double *column_sum, bool all) {
-        constexpr float MARK = -std::numeric_limits<float>::infinity();
+    void matrix_row(size_t i, float *screen, float *maxima, uint32_t *found, double *column_sum, bool all) {
         const double damping = options_.damping, gain = 1 - damping, weight = weight_, level = level_[i];
         const float *s = matrix_ + i * n_;
         Row row = lists_[i];
@@ -765,39 +786,43 @@ private:
             row.length = lists_.first_lengths()[i];
             row.bound = row.s[row.length];
         }
-        Entries &own = entries_[i];
-        float *screen = scratch.screen.data(), *excess = scratch.excess.data();
-        uint32_t *found = scratch.found.data();
-        const auto mark = [&](uint32_t k) { screen[k] = excess[k] = MARK; };
-        mark(static_cast<uint32_t>(i));
+        std::vector<Entry> &entries = own_[i].entries;
+        Lagging &lagging = own_[i].lagging;
+        uint32_t *bits = &with_own_[i * words_];
 
-        // Availabilities of the entries; drop those that have become as implied.
-        uint32_t kept = 0;
-        for (uint32_t j = 0; j < own.used; ++j) {
-            Entry e = own.entry[j];
-            if (all) {
-                e.a = damping * e.a + gain * std::min(0.0, column_sum_[e.id] - std::max(e.r, 0.0));
-                if (implied(e, weight, level)) continue;
-            }
-            mark(e.id);
-            own.entry[kept++] = e;
-        }
-        own.used = kept;
-        // New entries: pairs whose own responsibility now matters to their availability, r > max(0, column sum).
+        // Availabilities. Pairs whose messages have become as implied need none of their own any more.
         if (all) {
+            kernels_->update_availabilities(lagging.id.data(), lagging.s.data(), lagging.a.data(), lagging.used, column_sum_.data(), weight, level, damping);
+            if (cleaning_) {
+                uint32_t left = 0;
+                for (uint32_t j = 0; j < lagging.used; ++j) {
+                    if (same(lagging.a[j], column_[lagging.id[j]], lagging.s[j])) clear_bit(bits, lagging.id[j]);
+                    else lagging.move(j, left++);
+                }
+                lagging.used = left;
+            }
+            size_t kept = 0;
+            for (Entry &e : entries) {
+                e.a = damping * e.a + gain * std::min(0.0, column_sum_[e.id] - std::max(e.r, 0.0));
+                if (!same(e.r, weight * e.s - level, e.s)) entries[kept++] = e;
+                else if (!same(e.a, column_[e.id], e.s)) lagging.add(memory_, e.id, e.s, e.a);
+                else clear_bit(bits, e.id);
+            }
+            entries.resize(kept);
+            // New: pairs whose own responsibility now matters to their availability, r > max(0, column sum).
             const auto consider = [&](uint32_t k, float similarity) {
                 const double r = weight * similarity - level, sum = column_sum_[k];
                 if (r <= std::max(0.0, sum)) return;
-                own.add(memory_, {r, column_[k] + gain * (std::min(0.0, sum - r) - std::min(0.0, sum)), similarity, k});
-                mark(k);
+                lagging.add(memory_, k, similarity, column_[k] + gain * (std::min(0.0, sum - r) - std::min(0.0, sum)));
+                set_bit(bits, k);
             };
             if (weight * row.bound - level > 0) {
                 const double limit = level - std::ldexp(largest_ + std::fabs(level), -21);
-                const size_t count = kernels_->find_above(s, excess, n_, static_cast<float>(weight), static_cast<float>(limit), found);
+                const size_t count = kernels_->find_above(s, excess_.data(), bits, n_, static_cast<float>(weight), static_cast<float>(limit), found);
                 for (size_t q = 0; q < count; ++q) consider(found[q], s[found[q]]);
             } else {
                 for (size_t j = 0; j < row.length && weight * row.s[j] - level > 0; ++j)
-                    if (excess[row.id[j]] != MARK) consider(row.id[j], row.s[j]);
+                    if (!bit(bits, row.id[j])) consider(row.id[j], row.s[j]);
             }
         }
 
@@ -808,73 +833,96 @@ private:
             if (value > best) second = best, best = value, arg = k;
             else if (value > second) second = value;
         };
-        for (uint32_t j = 0; j < own.used; ++j) see(own.entry[j].s + own.entry[j].a, own.entry[j].id);
-        size_t listed = 0, tried = 0;
-        for (; listed < row.length && row.s[listed] > second; ++listed) {
-            const uint32_t k = row.id[listed];
-            if (screen[k] != MARK) see(row.s[listed] + column_[k], k);
-        }
-        if (listed == row.length && row.bound > second) {
-            for (size_t j = 0; j < row.length; ++j) screen[row.id[j]] = MARK;
-            for (; tried < active_.size() && row.bound + column_[active_[tried]] > second; ++tried) {
-                const uint32_t k = active_[tried];
-                if (screen[k] == MARK) continue;
-                see(s[k] + column_[k], k);
-                screen[k] = MARK;
-            }
-            if (tried == active_.size() && row.bound + rest_ > second) {
-                float *maxima = scratch.maxima.data(), top = MARK, next = MARK;
-                kernels_->stretch_maxima(s, screen, n_, maxima);
-                for (size_t first = 0; first < n_; first += STRETCH) {
-                    const float value = maxima[first / STRETCH];
-                    next = std::max(next, std::min(top, value));
-                    top = std::max(top, value);
-                }
-                // Two pairs at least have a true value of `next` - error.
-                const double limit = std::max(second, next - screen_error_) - screen_error_;
-                for (size_t first = 0; first < n_; first += STRETCH) {
-                    if (maxima[first / STRETCH] < limit) continue;
-                    const size_t count = kernels_->find_above(s + first, screen + first, std::min(STRETCH, n_ - first), 1.0f, static_cast<float>(limit), found);
-                    for (size_t q = 0; q < count; ++q) {
-                        const uint32_t k = static_cast<uint32_t>(first) + found[q];
-                        see(s[k] + column_[k], k);
-                    }
-                }
-            }
-            for (size_t j = 0; j < row.length; ++j) screen[row.id[j]] = screen_[row.id[j]];
-            for (size_t j = 0; j < tried; ++j) screen[active_[j]] = screen_[active_[j]];
-        }
-        if (arg != i && excess[arg] != MARK) {
-            own.add(memory_, {weight * s[arg] - level, column_[arg], s[arg], arg});
-            mark(arg);
+        for (const Entry &e : entries) see(e.s + e.a, e.id);
+        double pair[2] = {-std::numeric_limits<double>::infinity(), -std::numeric_limits<double>::infinity()};
+        kernels_->two_best(lagging.s.data(), lagging.a.data(), lagging.used, pair);
+        uint32_t at = 0;  // the best of those
+        if (pair[0] > best)
+            while (lagging.s[at] + lagging.a[at] != pair[0]) ++at;
+        see(pair[0], lagging.used ? lagging.id[at] : 0);
+        see(pair[1], 0);  // never the best
+        size_t listed = 0;
+        for (; listed < row.length && row.s[listed] > second; ++listed)
+            if (!bit(bits, row.id[listed])) see(row.s[listed] + column_[row.id[listed]], row.id[listed]);
+        if (listed == row.length && row.bound > second) scan_on(i, row, screen, maxima, found, &second, see);
+
+        // From here on the best pair has an r of its own.
+        if (arg != i && !(at < lagging.used && lagging.id[at] == arg) && !bit(bits, arg)) {
+            entries.push_back({weight * s[arg] - level, column_[arg], s[arg], arg});
+            set_bit(bits, arg);
+        } else if (at < lagging.used && lagging.id[at] == arg) {
+            entries.push_back({weight * lagging.s[at] - level, lagging.a[at], lagging.s[at], arg});
+            lagging.move(--lagging.used, at);
         }
 
-        // Responsibilities, and the columns' sums of the positive ones.
+        // Responsibilities, and the columns' sums of the positive ones. Those of entries and the diagonal are taken out again.
         r_self_[i] = damping * r_self_[i] + gain * (p_[i] - (arg == i ? second : best));
         const double next_weight = damping * weight + gain, next_level = damping * level + gain * best;
+        const double self_sum = column_sum[i];
+        for (Entry &e : entries) {
+            e.r = damping * e.r + gain * (e.s - (e.id == arg ? second : best));
+            e.sum = column_sum[e.id];
+        }
         if (next_weight * row.bound - next_level > 0) {
-            scratch.kept.assign(1, column_sum[i]);
-            for (uint32_t j = 0; j < own.used; ++j) scratch.kept.push_back(column_sum[own.entry[j].id]);
             kernels_->add_positive(s, n_, next_weight, next_level, column_sum);
-            column_sum[i] = scratch.kept[0];
-            for (uint32_t j = 0; j < own.used; ++j) column_sum[own.entry[j].id] = scratch.kept[j + 1];
         } else {
             for (size_t j = 0; j < row.length; ++j) {
                 const double r = next_weight * row.s[j] - next_level;
                 if (r <= 0) break;
-                if (excess[row.id[j]] != MARK) column_sum[row.id[j]] += r;
+                column_sum[row.id[j]] += r;
             }
         }
-        for (uint32_t j = 0; j < own.used; ++j) {
-            Entry &e = own.entry[j];
-            e.r = damping * e.r + gain * (e.s - (e.id == arg ? second : best));
-            if (e.r > 0) column_sum[e.id] += e.r;
-            screen[e.id] = screen_[e.id];
-            excess[e.id] = excess_[e.id];
-        }
-        screen[i] = screen_[i];
-        excess[i] = excess_[i];
+        column_sum[i] = self_sum;
+        for (const Entry &e : entries) column_sum[e.id] = e.sum + std::max(e.r, 0.0);
         level_[i] = next_level;
+    }
+
+    // Go on with the scan of row i behind its list: the columns with the highest values, then all.
+    template <class See>
+    void scan_on(size_t i, const Row &row, float *screen, float *maxima, uint32_t *found, const double *second, const See &see) {
+        const float *s = matrix_ + i * n_;
+        uint32_t *bits = &with_own_[i * words_];
+        size_t marked = 0;  // in `bits` for now, as seen
+        const auto mark = [&](uint32_t k) {
+            set_bit(bits, k);
+            found[marked++] = k;
+        };
+        for (size_t j = 0; j < row.length; ++j)
+            if (!bit(bits, row.id[j])) mark(row.id[j]);
+        size_t tried = 0;
+        for (; tried < active_.size() && row.bound + column_[active_[tried]] > *second; ++tried) {
+            const uint32_t k = active_[tried];
+            if (bit(bits, k)) continue;
+            see(s[k] + column_[k], k);
+            mark(k);
+        }
+        if (tried == active_.size() && row.bound + rest_ > *second) {
+            const auto for_marked = [&](auto body) {
+                for (size_t w = 0; w < words_; ++w)
+                    for (uint32_t word = bits[w]; word; word &= word - 1) body(w * 32 + static_cast<size_t>(__builtin_ctz(word)));
+            };
+            for_marked([&](size_t k) { screen[k] = -std::numeric_limits<float>::infinity(); });
+            kernels_->stretch_maxima(s, screen, n_, maxima);
+            float top = -std::numeric_limits<float>::infinity(), next = top;
+            for (size_t first = 0; first < n_; first += STRETCH) {
+                const float value = maxima[first / STRETCH];
+                next = std::max(next, std::min(top, value));
+                top = std::max(top, value);
+            }
+            // Two pairs at least have a true value of `next` - error.
+            const double limit = std::max(*second, next - screen_error_) - screen_error_;
+            for (size_t first = 0; first < n_; first += STRETCH) {
+                if (maxima[first / STRETCH] < limit) continue;
+                const size_t count = kernels_->find_above(s + first, screen + first, bits + first / 32, std::min(STRETCH, n_ - first), 1.0f,
+                                                          static_cast<float>(limit), found + marked);
+                for (size_t q = 0; q < count; ++q) {
+                    const size_t k = first + found[marked + q];
+                    see(s[k] + column_[k], static_cast<uint32_t>(k));
+                }
+            }
+            for_marked([&](size_t k) { screen[k] = screen_[k]; });
+        }
+        for (size_t q = 0; q < marked; ++q) clear_bit(bits, found[q]);
     }
 
     // Column sums, the diagonal, the implied column values, and the exemplars. True if some point has changed its mind within
@@ -996,7 +1044,10 @@ private:
     // After use_matrix.
     const float *matrix_ = nullptr;
     double largest_ = 0, screen_error_ = 0, rest_ = 0;  // rest_: no column outside `active_` is worth more
-    std::vector<Entries> entries_;
+    std::vector<Own> own_;
+    Buffer<uint32_t> with_own_;  // n bits for each row: the pairs in own_, and the diagonal
+    size_t words_ = 0;
+    bool cleaning_ = false;      // in this iteration, look for lagging pairs that no longer are
     Buffer<float> screen_, excess_;
     std::vector<uint32_t> active_;
 };

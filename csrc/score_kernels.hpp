@@ -36,8 +36,15 @@ struct ScoreKernels {
     // maxima[b] = the largest s[k] + column[k] of stretch b, k in [b * STRETCH, (b + 1) * STRETCH).
     void (*stretch_maxima)(const float *s, const float *column, size_t n, float *maxima);
 
-    // found = all k with weight * s[k] + column[k] > limit, ascending. Returns how many.
-    size_t (*find_above)(const float *s, const float *column, size_t n, float weight, float limit, uint32_t *found);
+    // found = all k with weight * s[k] + column[k] > limit whose bit in `skip` is not set, ascending. Returns how many.
+    size_t (*find_above)(const float *s, const float *column, const uint32_t *skip, size_t n, float weight, float limit, uint32_t *found);
+
+    // a[j] = damping * a[j] + (1 - damping) * min(0, column_sum[id[j]] - max(0, weight * s[j] - level)).
+    void (*update_availabilities)(const uint32_t *id, const float *s, double *a, size_t n, const double *column_sum, double weight, double level,
+                                  double damping);
+
+    // Raises best[0] and best[1] to the two largest of them and all s[j] + a[j].
+    void (*two_best)(const float *s, const double *a, size_t n, double *best);
 
     // sum[k] += max(0, weight * s[k] - level).
     void (*add_positive)(const float *s, size_t n, double weight, double level, double *sum);
