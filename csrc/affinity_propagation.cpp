@@ -23,9 +23,11 @@ namespace eimf {
 namespace {
 
 constexpr double NEVER = -1e300;  // stands for minus infinity where arithmetic must stay finite
-constexpr size_t FIRST_LENGTH = 64, GROWTH = 4;
+constexpr size_t FIRST_LENGTH = 64, GROWTH = 4;  // of lists
 // Lists that hold more than 1 / LISTED_SHARE of all pairs are worse than the matrix.
 constexpr size_t LISTED_SHARE = 16;
+// A matrix of so many bytes at most is also preferred to lists that would do, but be longer than twice the first length.
+constexpr size_t SMALL_MATRIX = 128 << 20;
 constexpr size_t ACTIVE = 64;  // columns that are tried before a whole row
 constexpr size_t SELF = static_cast<size_t>(-1);
 
@@ -312,13 +314,17 @@ public:
 
     const Row &operator[](size_t i) const { return rows_[i]; }
     const std::vector<Row> &rows() const { return rows_; }
-    const std::vector<uint32_t> &first_lengths() const { return first_lengths_; }
-    bool loaded() const { return !first_lengths_.empty(); }
 
-    // The first lists, and the matrix if that will be needed and may be held.
-    void load(Team &team, bool with_matrix) {
-        fetch_all(team, with_matrix && matrix_fits() && hold_matrix());
-        for (const Row &row : rows_) first_lengths_.push_back(row.length);
+    // Make all lists at least this long, or whole. At the first time get the matrix as well, if that is wanted and may be held.
+    void load(Team &team, size_t length, bool with_matrix) {
+        if (!loaded_) {
+            fetch_all(team, length, with_matrix && matrix_fits() && hold_matrix());
+        } else {
+            std::vector<uint32_t> all(source_.n());
+            std::iota(all.begin(), all.end(), 0u);
+            grow(all, std::vector<uint32_t>(all.size(), static_cast<uint32_t>(length)), team);
+        }
+        loaded_ = true;
     }
 
     // May the matrix be held under the memory limit?
@@ -332,7 +338,7 @@ public:
         if (!matrix_.size() && hold_matrix()) {
             Lists again(source_, memory_);  // its lists are the first ones
             again.matrix_.swap(matrix_);
-            again.fetch_all(team, true);
+            again.fetch_all(team, FIRST_LENGTH, true);
             again.matrix_.swap(matrix_);
         }
         return matrix_.data();
@@ -354,12 +360,12 @@ private:
         return true;
     }
 
-    void fetch_all(Team &team, bool with_matrix) {
+    void fetch_all(Team &team, size_t length, bool with_matrix) {
         std::vector<uint32_t> all(source_.n());
         std::iota(all.begin(), all.end(), 0u);
-        fetch(all, FIRST_LENGTH, team, with_matrix ? matrix_.data() : nullptr);
+        fetch(all, length, team, with_matrix ? matrix_.data() : nullptr);
         for (size_t i = 0; with_matrix && i < rows_.size(); ++i)  // the lists' values are the more exact ones
-            for (size_t j = 0; j < rows_[i].length; ++j) matrix_[i * rows_.size() + rows_[i].id[j]] = rows_[i].s[j];
+            for (size_t j = 0; j < std::min<size_t>(FIRST_LENGTH, rows_[i].length); ++j) matrix_[i * rows_.size() + rows_[i].id[j]] = rows_[i].s[j];
     }
 
     void fetch(const std::vector<uint32_t> &which, size_t length, Team &team, float *matrix = nullptr) {
@@ -378,7 +384,7 @@ private:
     Memory &memory_;
     std::vector<Row> rows_;
     std::vector<Buffer<unsigned char>> owned_;  // what the rows point into
-    std::vector<uint32_t> first_lengths_;
+    bool loaded_ = false;
     Buffer<float> matrix_;
 };
 
@@ -476,9 +482,9 @@ public:
 
     Clustering run(eimf_ap_result *result) {
         report(0, 0);
-        const bool with_matrix = matrix_needed();
-        if (!lists_.loaded()) lists_.load(team_, with_matrix);
-        std::copy_n(lists_.first_lengths().begin(), n_, visible_.data());
+        const auto [length, with_matrix] = expected();
+        lists_.load(team_, length, with_matrix);
+        for (size_t i = 0; i < n_; ++i) visible_[i] = static_cast<uint32_t>(std::min<size_t>(length, lists_[i].length));
         report(0, 0);
         Clustering found;
         if (trivial(&found)) {
@@ -535,22 +541,26 @@ private:
         }
     }
 
-    // Will rows be scanned so far that lists do not pay? The second iteration is the one that scans furthest: columns are then worth
-    // about gain^2 (p - s1), with s1 the row's best similarity. Judged by 8 rows, the same whatever lists there are.
-    bool matrix_needed() const {
-        if (!source_.complete() || n_ <= 2 * FIRST_LENGTH) return false;
+    // How long the lists should be at first, and whether the matrix should be used at once. The second iteration scans rows furthest:
+    // then columns are worth about gain^2 (p - s1), with s1 the row's best similarity. Judged by 8 rows, whatever lists there are.
+    std::pair<size_t, bool> expected() const {
+        if (!source_.complete() || n_ <= 2 * FIRST_LENGTH) return {FIRST_LENGTH, false};
         const double gain = 1 - options_.damping;
-        size_t far = 0;
+        constexpr size_t rows = 8;
+        size_t scanned = 0;
         std::vector<double> s(n_);
-        const size_t rows = 8;
-        for (size_t q = 0; q < rows; ++q) {
-            const size_t i = q * n_ / rows;
+        for (size_t i = 0; i < n_; i += (n_ + rows - 1) / rows) {
             double best = -std::numeric_limits<double>::infinity();
             for (size_t k = 0; k < n_; ++k)
                 if (k != i && source_.similarity(i, k, &s[k])) best = std::max(best, s[k]);
-            for (size_t k = 0; k < n_; ++k) far += k != i && s[k] > best + gain * gain * (preference_[i] - best);
+            for (size_t k = 0; k < n_; ++k) scanned += k != i && s[k] > best + gain * gain * (preference_[i] - best);
         }
-        return far > rows * n_ / LISTED_SHARE;
+        const size_t wanted = 2 * scanned / rows;  // rows differ much
+        const bool small = n_ * n_ <= SMALL_MATRIX / sizeof(float);
+        if (wanted > (small ? 2 * FIRST_LENGTH : std::max(2 * FIRST_LENGTH, n_ / LISTED_SHARE))) return {FIRST_LENGTH, true};
+        size_t length = FIRST_LENGTH;
+        while (length < wanted) length *= 2;
+        return {std::min(length, n_ - 1), false};
     }
 
     // Cases with a known answer, where messages would only oscillate.
@@ -596,9 +606,7 @@ private:
     void update_row_availabilities(size_t i) {
         const Row &row = lists_[i];
         Messages &own = messages_[i];
-        const double damping = options_.damping, gain = 1 - damping;
-        for (size_t j = 0; j < own.used; ++j)
-            own.a[j] = damping * own.a[j] + gain * std::min(0.0, column_sum_[row.id[j]] - std::max(own.r[j], 0.0));
+        kernels_->update_availabilities(row.id, row.s, own.r, own.a, own.used, column_sum_.data(), 0, 0, options_.damping);
     }
 
     // The two best values of a(i,k) + s(i,k). False if the list ends before that is certain.
@@ -611,8 +619,14 @@ private:
             if (value > best) second = best, best = value, arg = j;
             else if (value > second) second = value;
         };
-        size_t j = 0;
-        for (; j < own.used; ++j) see(row.s[j] + own.a[j], j);
+        double pair[2] = {-std::numeric_limits<double>::infinity(), -std::numeric_limits<double>::infinity()};
+        kernels_->two_best(row.s, own.a, own.used, pair);
+        size_t at = 0;  // the best of those
+        if (pair[0] > best)
+            while (row.s[at] + own.a[at] != pair[0]) ++at;
+        see(pair[0], at);
+        see(pair[1], at);  // never the best
+        size_t j = own.used;
         for (; j < row.length && row.s[j] > second; ++j) see(row.s[j] + column_[row.id[j]], j);
         second_[i] = std::max(second, NEVER);
         if (j == row.length && row.bound > second) return false;
@@ -628,10 +642,10 @@ private:
         const size_t arg = arg_[i];
         r_self_[i] = damping * r_self_[i] + gain * (p_[i] - (arg == SELF ? second : best));
         size_t j = 0;
-        for (; j < own.used; ++j) {
-            own.r[j] = damping * own.r[j] + gain * (row.s[j] - (j == arg ? second : best));
-            if (own.r[j] > 0) column_sum[row.id[j]] += own.r[j];
-        }
+        const double before = arg < own.used ? own.r[arg] : 0.0;
+        kernels_->update_responsibilities(row.s, own.r, own.used, best, damping);
+        if (arg < own.used) own.r[arg] = damping * before + gain * (row.s[arg] - second);
+        for (; j < own.used; ++j) column_sum[row.id[j]] += std::max(own.r[j], 0.0);
         for (; j < row.length; ++j) {
             const double before = weight_ * row.s[j] - level_[i];
             const double r = damping * before + gain * (row.s[j] - (j == arg ? second : best));
@@ -782,8 +796,8 @@ private:
         const double damping = options_.damping, gain = 1 - damping, weight = weight_, level = level_[i];
         const float *s = matrix_ + i * n_;
         Row row = lists_[i];
-        if (lists_.first_lengths()[i] < row.length) {
-            row.length = lists_.first_lengths()[i];
+        if (FIRST_LENGTH < row.length) {
+            row.length = FIRST_LENGTH;
             row.bound = row.s[row.length];
         }
         std::vector<Entry> &entries = own_[i].entries;
@@ -792,7 +806,7 @@ private:
 
         // Availabilities. Pairs whose messages have become as implied need none of their own any more.
         if (all) {
-            kernels_->update_availabilities(lagging.id.data(), lagging.s.data(), lagging.a.data(), lagging.used, column_sum_.data(), weight, level, damping);
+            kernels_->update_availabilities(lagging.id.data(), lagging.s.data(), nullptr, lagging.a.data(), lagging.used, column_sum_.data(), weight, level, damping);
             if (cleaning_) {
                 uint32_t left = 0;
                 for (uint32_t j = 0; j < lagging.used; ++j) {

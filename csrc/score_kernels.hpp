@@ -39,9 +39,12 @@ struct ScoreKernels {
     // found = all k with weight * s[k] + column[k] > limit whose bit in `skip` is not set, ascending. Returns how many.
     size_t (*find_above)(const float *s, const float *column, const uint32_t *skip, size_t n, float weight, float limit, uint32_t *found);
 
-    // a[j] = damping * a[j] + (1 - damping) * min(0, column_sum[id[j]] - max(0, weight * s[j] - level)).
-    void (*update_availabilities)(const uint32_t *id, const float *s, double *a, size_t n, const double *column_sum, double weight, double level,
-                                  double damping);
+    // a[j] = damping * a[j] + (1 - damping) * min(0, column_sum[id[j]] - max(0, r[j])), where r[j] = weight * s[j] - level if r is nullptr.
+    void (*update_availabilities)(const uint32_t *id, const float *s, const double *r, double *a, size_t n, const double *column_sum, double weight,
+                                  double level, double damping);
+
+    // r[j] = damping * r[j] + (1 - damping) * (s[j] - best).
+    void (*update_responsibilities)(const float *s, double *r, size_t n, double best, double damping);
 
     // Raises best[0] and best[1] to the two largest of them and all s[j] + a[j].
     void (*two_best)(const float *s, const double *a, size_t n, double *best);
