@@ -60,7 +60,7 @@ public:
     virtual bool complete() const { return true; }
     // Give each of `which` a list of at least `length` neighbours (or all there are), by calling fill(i, neighbours, bound).
     using Fill = std::function<void(size_t i, const Neighbour *sorted, size_t length, float bound)>;
-    // If `matrix` is given (not where there is one already), each row's similarities go there as well, n values for each of `which`.
+    // If `matrix` is given, for all rows and where there is none already, their similarities go there as well.
     virtual void neighbours(const uint32_t *which, size_t count, size_t length, Team &team, Memory &memory, const Fill &fill, float *matrix) const = 0;
     // s(i,k); false if i has no edge to k.
     virtual bool similarity(size_t i, size_t k, double *s) const = 0;
@@ -132,20 +132,13 @@ public:
 
     void neighbours(const uint32_t *which, size_t count, size_t length, Team &team, Memory &memory, const Fill &fill, float *matrix) const override {
         const size_t wanted = std::min(length, n() - 1);
-        TopNProblem problem{kernels_, centred_.data(), n(), d_, bias_.data(), nullptr, count, 1, wanted + 1, nullptr, {}, {}, {}, {}};
-        if (matrix)
-            problem.scores = [&](size_t q, size_t first, size_t stretch, const float *scores) {
-                float *s = matrix + q * n() + first;
-                const float bias = bias_[which[q]], weight = static_cast<float>(weight_[which[q]]);
-                for (size_t j = 0; j < stretch; ++j) s[j] = std::min(0.0f, 2 * (scores[j] + bias)) * weight;
-            };
-        problem.rows = [&](size_t q) { return centred_.data() + static_cast<size_t>(which[q]) * d_; };
-        problem.result = [&](size_t q, const RankKey *keys, const int32_t *, size_t found) {
-            const size_t i = which[q];
+        const auto listed = [&](size_t i, const RankKey *keys, size_t found) {
             Buffer<Neighbour> list(memory, found);
             size_t kept = 0;
-            for (size_t j = 0; j < found; ++j)
+            for (size_t j = 0; j < found; ++j) {
+                for (size_t t = 0; j + 2 < found && t < d_; t += 16) __builtin_prefetch(row(key_id(keys[j + 2])) + t);
                 if (key_id(keys[j]) != i && kept < wanted) list[kept++] = entry(i, key_id(keys[j]));
+            }
             std::sort(list.begin(), list.begin() + kept);
             float bound = -std::numeric_limits<float>::infinity();
             if (kept < n() - 1) {
@@ -153,8 +146,17 @@ public:
                 const double last = 2.0 * key_score(keys[found - 1]) + 2.0 * bias_[i] + error_;
                 bound = static_cast<float>(std::min(0.0, last * weight_[i]) * (1 - 1e-6));
             }
+            if (matrix) {
+                const float weight = static_cast<float>(weight_[i]), bias = bias_[i];
+                float *s = matrix + i * n();
+                for (size_t k = 0; k < n(); ++k) s[k] = std::min(0.0f, 2 * (s[k] + bias_[k] + bias)) * weight;
+            }
             fill(i, list.data(), kept, bound);
         };
+        if (count == n()) return nearest_of_all({kernels_, centred_.data(), n(), d_, bias_.data(), wanted + 1, matrix, listed}, team, memory);
+        TopNProblem problem{kernels_, centred_.data(), n(), d_, bias_.data(), nullptr, count, 1, wanted + 1, nullptr, {}, {}, {}};
+        problem.rows = [&](size_t q) { return centred_.data() + static_cast<size_t>(which[q]) * d_; };
+        problem.result = [&](size_t q, const RankKey *keys, const int32_t *, size_t found) { listed(which[q], keys, found); };
         top_n(problem, team, memory);
     }
 
@@ -732,6 +734,7 @@ private:
         words_ = (n_ + 31) / 32;
         with_own_ = Buffer<uint32_t>(memory_, checked_product(n_, words_), 0u);
         screen_ = Buffer<float>(memory_, n_);
+        for (size_t b = 0; b < blocks_; ++b) scratch_.emplace_back(memory_, n_);
         excess_ = Buffer<float>(memory_, n_);
         const double next_weight = options_.damping * weight_ + 1 - options_.damping;
         team_.run(blocks_, [&](size_t b) {
@@ -785,11 +788,10 @@ private:
 
     // One iteration of the block's rows; with `all` = false the availabilities have been updated already.
     void matrix_block(size_t b, bool all) {
-        Buffer<float> screen(memory_, n_), maxima(memory_, n_ / STRETCH + 1);
-        Buffer<uint32_t> found(memory_, n_);
-        std::copy_n(screen_.data(), n_, screen.data());
+        Scratch &scratch = scratch_[b];
+        std::copy_n(screen_.data(), n_, scratch.screen.data());
         for (size_t i = b * n_ / blocks_; i < (b + 1) * n_ / blocks_; ++i)
-            matrix_row(i, screen.data(), maxima.data(), found.data(), &partial_[b * n_], all);
+            matrix_row(i, scratch.screen.data(), scratch.maxima.data(), scratch.found.data(), &partial_[b * n_], all);
     }
 
     void matrix_row(size_t i, float *screen, float *maxima, uint32_t *found, double *column_sum, bool all) {
@@ -1059,6 +1061,12 @@ private:
     const float *matrix_ = nullptr;
     double largest_ = 0, screen_error_ = 0, rest_ = 0;  // rest_: no column outside `active_` is worth more
     std::vector<Own> own_;
+    struct Scratch {
+        Scratch(Memory &memory, size_t n) : screen(memory, n), maxima(memory, n / STRETCH + 1), found(memory, n) {}
+        Buffer<float> screen, maxima;
+        Buffer<uint32_t> found;
+    };
+    std::vector<Scratch> scratch_;  // per block
     Buffer<uint32_t> with_own_;  // n bits for each row: the pairs in own_, and the diagonal
     size_t words_ = 0;
     bool cleaning_ = false;      // in this iteration, look for lagging pairs that no longer are
@@ -1220,7 +1228,7 @@ extern "C" eimf_ap_options eimf_ap_defaults(void) {
 
 extern "C" size_t eimf_affinity_propagation_bytes(size_t n, size_t d) {
     const double blocks = std::min<double>(32, static_cast<double>(n) / 512 + 1);
-    const double bytes = static_cast<double>(n) * (std::min<double>(FIRST_LENGTH, static_cast<double>(n)) * ENTRY_BYTES + 4.0 * static_cast<double>(d) +
+    const double bytes = static_cast<double>(n) * (std::min<double>(FIRST_LENGTH, static_cast<double>(n)) * ENTRY_BYTES + static_cast<double>(bytes_per_row(FIRST_LENGTH + 1)) + 4.0 * static_cast<double>(d) +
                                                    8 * blocks + 256) + (4 << 20);
     return bytes < static_cast<double>(std::numeric_limits<size_t>::max()) ? static_cast<size_t>(bytes) : std::numeric_limits<size_t>::max();
 }

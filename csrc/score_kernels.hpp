@@ -52,7 +52,7 @@ struct ScoreKernels {
     // sum[k] += max(0, weight * s[k] - level).
     void (*add_positive)(const float *s, size_t n, double weight, double level, double *sum);
 
-    // Squared Euclidean distance, in float64 over eight interleaved partial sums.
+    // Squared Euclidean distance, in float64 over sixteen interleaved partial sums.
     double (*squared_distance)(const float *x, const float *y, size_t d);
 
     // panel[t * width + j] = items[j][t] for all j < width. Returns the largest magnitude's bits: 0x7f800000 or more if a

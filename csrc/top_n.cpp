@@ -159,8 +159,6 @@ int32_t search_block(const TopNProblem &p, size_t first_user, size_t last_user, 
                     kernels.tile(packed, bias, &queries[u * row] + r * p.d, std::min(kernels.rows, p.k - r), p.d, &scores[r * width]);
                 above[0] = kernels.best(scores.data(), p.k, threshold[0], best);
             }
-            for (size_t v = 0; p.scores && v < here; ++v)
-                p.scores(first_user + u + v, id[0], static_cast<size_t>(__builtin_popcountll(valid)), best + v * width);
             for (size_t v = 0; v < here; ++v) {
                 uint64_t mask = above[v] & valid;
                 if (!mask) continue;
@@ -210,6 +208,98 @@ float top_n(const TopNProblem &p, Team &team, Memory &memory) {
     float magnitude;
     std::memcpy(&magnitude, &bits, 4);
     return magnitude;
+}
+
+namespace {
+
+constexpr size_t BLOCK_PANELS = 5, MOST_WIDTH = 48;
+
+size_t pairs_capacity(size_t wanted) { return wanted + wanted / 2 + 2 * MOST_WIDTH; }
+
+// Let a row see items [first, first + count) with these products.
+void absorb(const AllPairs &p, Candidates &mine, size_t capacity, const float *products, size_t first, size_t count, const uint32_t *none, uint32_t *found) {
+    const size_t above = p.kernels->find_above(products, p.bias + first, none, count, 1.0f, mine.threshold, found);
+    for (size_t q = 0; q < above; ++q) {
+        const float score = products[found[q]] + p.bias[first + found[q]];
+        if (!(score > mine.threshold)) continue;
+        if (mine.count == capacity) {
+            shrink(mine, p.wanted, capacity - 1, *p.kernels);
+            if (!(score > mine.threshold)) continue;
+        }
+        mine.scores[mine.count] = score;
+        mine.ids[mine.count++] = static_cast<uint32_t>(first + found[q]);
+    }
+}
+
+}  // namespace
+
+size_t bytes_per_row(size_t wanted) { return (pairs_capacity(wanted) * 2 + BLOCK_PANELS * MOST_WIDTH) * sizeof(float) + sizeof(Candidates); }
+
+void nearest_of_all(const AllPairs &given, Team &team, Memory &memory) {
+    AllPairs p = given;
+    p.wanted = std::min(p.wanted, p.n);
+    const ScoreKernels &kernels = *p.kernels;
+    const size_t n = p.n, d = p.d, width = kernels.width, block = BLOCK_PANELS * width, capacity = pairs_capacity(p.wanted);
+    Buffer<float> scores(memory, checked_product(n, capacity)), panels(memory, block * d), own(memory, p.products ? 0 : checked_product(block, n));
+    Buffer<uint32_t> ids(memory, checked_product(n, capacity)), none(memory, block / 32 + 2, 0u);
+    Buffer<Candidates> candidates(memory, n);
+    for (size_t i = 0; i < n; ++i) candidates[i] = {&scores[i * capacity], &ids[i * capacity], 0, -std::numeric_limits<float>::infinity()};
+    const float zero[64] = {};
+
+    // Each row must see the items by rising id. So at block J, first all earlier rows see J's, then J's rows see the earlier ones, then J's.
+    for (size_t j0 = 0; j0 < n; j0 += block) {
+        const size_t here = std::min(block, n - j0);
+        float *const strip = p.products ? p.products + j0 * n : own.data();  // J's rows, n apart
+        for (size_t j = 0; j < here; j += width) {
+            const float *item[64];
+            for (size_t v = 0; v < width; ++v) item[v] = p.x + std::min(j0 + j + v, n - 1) * d;
+            kernels.pack(item, d, &panels[j * d]);
+        }
+        // The products of rows [first, first + count) with J's, (count, block).
+        const auto multiply = [&](size_t first, size_t count, float *to) {
+            float tile[8 * 64];
+            for (size_t j = 0; j < here; j += width) {
+                kernels.tile(&panels[j * d], zero, p.x + first * d, count, d, tile);
+                for (size_t r = 0; r < count; ++r) std::copy_n(tile + r * width, width, to + r * block + j);
+            }
+        };
+        team.run((j0 + block - 1) / block, [&](size_t b) {
+            Buffer<float> part(memory, kernels.rows * block);
+            Buffer<uint32_t> found(memory, block);
+            for (size_t i = b * block; i < (b + 1) * block; i += kernels.rows) {
+                const size_t count = std::min(kernels.rows, (b + 1) * block - i);
+                multiply(i, count, part.data());
+                for (size_t j = 0; j < here; ++j)
+                    for (size_t r = 0; r < count; ++r) strip[j * n + i + r] = part[r * block + j];
+                for (size_t r = 0; r < count; ++r) {
+                    absorb(p, candidates[i + r], capacity, &part[r * block], j0, here, none.data(), found.data());
+                    if (p.products) std::copy_n(&part[r * block], here, p.products + (i + r) * n + j0);
+                }
+            }
+        });
+        team.run((here + kernels.rows - 1) / kernels.rows, [&](size_t q) {
+            Buffer<float> part(memory, kernels.rows * block);
+            Buffer<uint32_t> found(memory, block);
+            const size_t first = q * kernels.rows, count = std::min(kernels.rows, here - first);
+            multiply(j0 + first, count, part.data());
+            for (size_t r = 0; r < count; ++r) {
+                Candidates &mine = candidates[j0 + first + r];
+                for (size_t i = 0; i < j0; i += block) absorb(p, mine, capacity, strip + (first + r) * n + i, i, block, none.data(), found.data());
+                absorb(p, mine, capacity, &part[r * block], j0, here, none.data(), found.data());
+                if (p.products) std::copy_n(&part[r * block], here, p.products + (j0 + first + r) * n + j0);
+            }
+        });
+    }
+    team.run((n + block - 1) / block, [&](size_t b) {
+        Buffer<RankKey> keys(memory, capacity);
+        for (size_t i = b * block; i < std::min(n, (b + 1) * block); ++i) {
+            Candidates &mine = candidates[i];
+            shrink(mine, p.wanted, capacity, kernels);
+            for (size_t j = 0; j < mine.count; ++j) keys[j] = rank_key(mine.scores[j], mine.ids[j]);
+            std::sort(keys.begin(), keys.begin() + mine.count, std::greater<RankKey>());
+            p.result(i, keys.data(), std::min(mine.count, p.wanted));
+        }
+    });
 }
 
 float largest_magnitude(const float *values, size_t rows, size_t columns, const char *what) {
@@ -342,7 +432,7 @@ void run(const Request &q, const eimf_items *prepared, int64_t *ids, float *scor
     for (size_t e = 0; e < n_excluded; ++e) excluded[e] = static_cast<uint32_t>(q.options.exclude_indices[e]);
     for (size_t u = 0; n_excluded && u < q.users; ++u) std::sort(excluded.data() + indptr[u], excluded.data() + indptr[u + 1]);
 
-    TopNProblem problem{kernels, q.items, q.n_items, q.d, nullptr, q.options.allowed, q.users, q.k, q.n, prepared ? prepared->panels.data() : nullptr, {}, {}, {}, {}};
+    TopNProblem problem{kernels, q.items, q.n_items, q.d, nullptr, q.options.allowed, q.users, q.k, q.n, prepared ? prepared->panels.data() : nullptr, {}, {}, {}};
     problem.rows = [&](size_t user) { return q.interests + user * q.k * q.d; };
     if (n_excluded)
         problem.accepts = [&](size_t user, uint32_t id) {
