@@ -734,7 +734,9 @@ private:
         words_ = (n_ + 31) / 32;
         with_own_ = Buffer<uint32_t>(memory_, checked_product(n_, words_), 0u);
         screen_ = Buffer<float>(memory_, n_);
-        for (size_t b = 0; b < blocks_; ++b) scratch_.emplace_back(memory_, n_);
+        scratch_screen_ = Buffer<float>(memory_, blocks_ * n_);
+        scratch_maxima_ = Buffer<float>(memory_, blocks_ * stretches());
+        scratch_found_ = Buffer<uint32_t>(memory_, blocks_ * n_);
         excess_ = Buffer<float>(memory_, n_);
         const double next_weight = options_.damping * weight_ + 1 - options_.damping;
         team_.run(blocks_, [&](size_t b) {
@@ -788,11 +790,12 @@ private:
 
     // One iteration of the block's rows; with `all` = false the availabilities have been updated already.
     void matrix_block(size_t b, bool all) {
-        Scratch &scratch = scratch_[b];
-        std::copy_n(screen_.data(), n_, scratch.screen.data());
+        float *screen = &scratch_screen_[b * n_];
+        std::copy_n(screen_.data(), n_, screen);
         for (size_t i = b * n_ / blocks_; i < (b + 1) * n_ / blocks_; ++i)
-            matrix_row(i, scratch.screen.data(), scratch.maxima.data(), scratch.found.data(), &partial_[b * n_], all);
+            matrix_row(i, screen, &scratch_maxima_[b * stretches()], &scratch_found_[b * n_], &partial_[b * n_], all);
     }
+    size_t stretches() const { return (n_ + STRETCH - 1) / STRETCH; }
 
     void matrix_row(size_t i, float *screen, float *maxima, uint32_t *found, double *column_sum, bool all) {
         const double damping = options_.damping, gain = 1 - damping, weight = weight_, level = level_[i];
@@ -1061,12 +1064,8 @@ private:
     const float *matrix_ = nullptr;
     double largest_ = 0, screen_error_ = 0, rest_ = 0;  // rest_: no column outside `active_` is worth more
     std::vector<Own> own_;
-    struct Scratch {
-        Scratch(Memory &memory, size_t n) : screen(memory, n), maxima(memory, n / STRETCH + 1), found(memory, n) {}
-        Buffer<float> screen, maxima;
-        Buffer<uint32_t> found;
-    };
-    std::vector<Scratch> scratch_;  // per block
+    Buffer<float> scratch_screen_, scratch_maxima_;  // per block
+    Buffer<uint32_t> scratch_found_;
     Buffer<uint32_t> with_own_;  // n bits for each row: the pairs in own_, and the diagonal
     size_t words_ = 0;
     bool cleaning_ = false;      // in this iteration, look for lagging pairs that no longer are
