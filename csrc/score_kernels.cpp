@@ -124,12 +124,12 @@ static inline unsigned greater_mask(float32x4_t x, float32x4_t y) {
 #endif
 
 const ScoreKernels *score_kernels(eimf_kernel kernel) {
-    static const ScoreKernels scalar_version{"scalar", scalar::WIDTH, 4, scalar::tile_best, scalar::tile, scalar::best, scalar::count_above, scalar::stretch_maxima, scalar::find_above,
+    static const ScoreKernels scalar_version{"scalar", scalar::WIDTH, 4, scalar::tile_best, scalar::tile, scalar::best, scalar::count_above, scalar::range, scalar::stretch_maxima, scalar::find_above,
                                               scalar::update_availabilities, scalar::update_responsibilities, scalar::two_best, scalar::add_positive, scalar::squared_distance, scalar::pack};
 #if EIMF_X86
-    static const ScoreKernels avx2_version{"avx2", avx2::WIDTH, 4, avx2::tile_best, avx2::tile, avx2::best, avx2::count_above, avx2::stretch_maxima, avx2::find_above,
+    static const ScoreKernels avx2_version{"avx2", avx2::WIDTH, 4, avx2::tile_best, avx2::tile, avx2::best, avx2::count_above, avx2::range, avx2::stretch_maxima, avx2::find_above,
                                               avx2::update_availabilities, avx2::update_responsibilities, avx2::two_best, avx2::add_positive, avx2::squared_distance, avx2::pack};
-    static const ScoreKernels avx512_version{"avx512", avx512::WIDTH, 8, avx512::tile_best, avx512::tile, avx512::best, avx512::count_above, avx512::stretch_maxima, avx512::find_above,
+    static const ScoreKernels avx512_version{"avx512", avx512::WIDTH, 8, avx512::tile_best, avx512::tile, avx512::best, avx512::count_above, avx512::range, avx512::stretch_maxima, avx512::find_above,
                                               avx512::update_availabilities, avx512::update_responsibilities, avx512::two_best, avx512::add_positive, avx512::squared_distance, avx512::pack};
     __builtin_cpu_init();
     const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -138,7 +138,7 @@ const ScoreKernels *score_kernels(eimf_kernel kernel) {
     if (kernel == EIMF_KERNEL_AVX2 || (kernel == EIMF_KERNEL_AUTO && has_avx2)) return has_avx2 ? &avx2_version : nullptr;
 #endif
 #if EIMF_ARM
-    static const ScoreKernels neon_version{"neon", neon::WIDTH, 8, neon::tile_best, neon::tile, neon::best, neon::count_above, neon::stretch_maxima, neon::find_above,
+    static const ScoreKernels neon_version{"neon", neon::WIDTH, 8, neon::tile_best, neon::tile, neon::best, neon::count_above, neon::range, neon::stretch_maxima, neon::find_above,
                                               neon::update_availabilities, neon::update_responsibilities, neon::two_best, neon::add_positive, neon::squared_distance, neon::pack};
     if (kernel == EIMF_KERNEL_AUTO || kernel == EIMF_KERNEL_NEON) return &neon_version;
 #endif

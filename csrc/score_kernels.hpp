@@ -18,19 +18,27 @@ struct ScoreKernels {
     // The score of query row r and item j of a panel is bias[j] + sum over t of row r[t] * panel[t * width + j], accumulated
     // over t in order with fused multiply-adds in every version: so all versions agree bit for bit.
 
-    // For each of `users` users with k rows each, users * k <= rows: best[u * width + j] = the largest score of item j over
-    // the user's rows, and bit j of above[u] = best > threshold[u].
-    void (*tile_best)(const float *panel, const float *bias, const float *queries, size_t users, size_t k, size_t d,
-                      const float *threshold, float *best, uint64_t *above);
+    // For users with k rows each, k <= rows: which of the panel's items in `valid` score above threshold[user] in the maximum over the
+    // user's rows? Each user with such items is a hit; hits are returned by rising user.
+    struct Hit {
+        uint64_t items;  // bit j: item j
+        uint32_t user;
+    };
+    // best[hit * width + j] = that maximum, for all items. Room for `users` hits. Returns their number.
+    size_t (*tile_best)(const float *panel, const float *bias, const float *queries, size_t users, size_t k, size_t d, uint64_t valid,
+                        const float *threshold, float *best, Hit *hits);
 
     // scores[r * width + j] of `count` rows, count <= rows.
     void (*tile)(const float *panel, const float *bias, const float *queries, size_t count, size_t d, float *scores);
 
-    // The same reduction as tile_best over the scores of one user's `count` rows.
+    // The same reduction over the scores of one user's `count` rows; the result is the hit's items.
     uint64_t (*best)(const float *scores, size_t count, float threshold, float *best);
 
     // How many of the scores are above `threshold`.
     size_t (*count_above)(const float *scores, size_t count, float threshold);
+
+    // The least and the largest of at least one score.
+    void (*range)(const float *scores, size_t count, float *least, float *most);
 
     // Affinity propagation reads rows s of the similarities (n values) with these.
     // maxima[b] = the largest s[k] + column[k] of stretch b, k in [b * STRETCH, (b + 1) * STRETCH).

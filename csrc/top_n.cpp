@@ -30,8 +30,8 @@ void keep_above(Candidates &c, float threshold) {
 // right, so bisection may stop early, and it beats finding the n-th best exactly.
 void shrink(Candidates &c, size_t n, size_t room, const ScoreKernels &kernels) {
     if (c.count <= n) return;
-    const auto range = std::minmax_element(c.scores, c.scores + c.count);
-    float low = *range.first, high = *range.second, found = c.threshold;
+    float low, high, found = c.threshold;
+    kernels.range(c.scores, c.count, &low, &high);
     for (int step = 0; step < 24; ++step) {
         const float middle = low + (high - low) / 2;
         if (!(middle > low && middle < high)) break;
@@ -103,7 +103,6 @@ void find_winners(const TopNProblem &p, const float *query, const RankKey *keys,
 int32_t search_block(const TopNProblem &p, size_t first_user, size_t last_user, size_t capacity, Memory &memory) {
     const ScoreKernels &kernels = *p.kernels;
     const size_t width = kernels.width, users = last_user - first_user, row = p.k * p.d;
-    const size_t users_per_tile = std::max<size_t>(1, kernels.rows / p.k);
 
     Buffer<float> queries(memory, users * row);
     Buffer<float> panel(memory, width * p.d);
@@ -111,6 +110,9 @@ int32_t search_block(const TopNProblem &p, size_t first_user, size_t last_user, 
     Buffer<float> candidate_scores(memory, users * capacity);
     Buffer<uint32_t> candidate_ids(memory, users * capacity);
     Buffer<Candidates> candidates(memory, users);
+    Buffer<float> thresholds(memory, users, -std::numeric_limits<float>::infinity());  // of the candidates, side by side
+    Buffer<ScoreKernels::Hit> hits(memory, users);
+    Buffer<float> best(memory, users * width);  // of the hits
     Buffer<RankKey> keys(memory, capacity);
     Buffer<int32_t> winner(memory, p.n);
     for (size_t u = 0; u < users; ++u) {
@@ -119,8 +121,7 @@ int32_t search_block(const TopNProblem &p, size_t first_user, size_t last_user, 
     }
 
     int32_t largest = 0;
-    float bias[64] = {}, best[8 * 64], threshold[8];
-    uint64_t above[8];
+    float bias[64] = {};
     const float *item[64];
     uint32_t id[64];
     for (size_t next = 0; next < p.n_items;) {
@@ -149,30 +150,30 @@ int32_t search_block(const TopNProblem &p, size_t first_user, size_t last_user, 
             valid = (uint64_t{1} << filled) - 1;
         }
 
-        for (size_t u = 0; u < users; u += users_per_tile) {
-            const size_t here = std::min(users_per_tile, users - u);
-            for (size_t v = 0; v < here; ++v) threshold[v] = candidates[u + v].threshold;
-            if (p.k <= kernels.rows) {
-                kernels.tile_best(packed, bias, &queries[u * row], here, p.k, p.d, threshold, best, above);
-            } else {
+        size_t n_hits = 0;
+        if (p.k <= kernels.rows) {
+            n_hits = kernels.tile_best(packed, bias, queries.data(), users, p.k, p.d, valid, thresholds.data(), best.data(), hits.data());
+        } else {
+            for (size_t u = 0; u < users; ++u) {
                 for (size_t r = 0; r < p.k; r += kernels.rows)
                     kernels.tile(packed, bias, &queries[u * row] + r * p.d, std::min(kernels.rows, p.k - r), p.d, &scores[r * width]);
-                above[0] = kernels.best(scores.data(), p.k, threshold[0], best);
+                const uint64_t above = kernels.best(scores.data(), p.k, thresholds[u], &best[n_hits * width]) & valid;
+                if (above) hits[n_hits++] = {above, static_cast<uint32_t>(u)};
             }
-            for (size_t v = 0; v < here; ++v) {
-                uint64_t mask = above[v] & valid;
-                if (!mask) continue;
-                Candidates &mine = candidates[u + v];
-                if (mine.count + width > capacity) shrink(mine, p.n, capacity - width, kernels);
-                for (; mask; mask &= mask - 1) {
-                    const unsigned j = static_cast<unsigned>(__builtin_ctzll(mask));
-                    const float score = best[v * width + j];
-                    if (score > mine.threshold && (!p.accepts || p.accepts(first_user + u + v, id[j]))) {
-                        mine.scores[mine.count] = score;
-                        mine.ids[mine.count++] = id[j];
-                    }
+        }
+        for (size_t h = 0; h < n_hits; ++h) {
+            const size_t u = hits[h].user;
+            Candidates &mine = candidates[u];
+            if (mine.count + width > capacity) shrink(mine, p.n, capacity - width, kernels);
+            for (uint64_t mask = hits[h].items; mask; mask &= mask - 1) {
+                const unsigned j = static_cast<unsigned>(__builtin_ctzll(mask));
+                const float score = best[h * width + j];
+                if (score > mine.threshold && (!p.accepts || p.accepts(first_user + u, id[j]))) {
+                    mine.scores[mine.count] = score;
+                    mine.ids[mine.count++] = id[j];
                 }
             }
+            thresholds[u] = mine.threshold;
         }
     }
     for (size_t u = 0; u < users; ++u) {
