@@ -215,7 +215,7 @@ namespace {
 
 constexpr size_t BLOCK_PANELS = 5, MOST_WIDTH = 48;
 
-size_t pairs_capacity(size_t wanted) { return wanted + wanted / 2 + 2 * MOST_WIDTH; }
+size_t pairs_capacity(size_t wanted) { return 2 * wanted + 4 * MOST_WIDTH; }
 
 // Let a row see items [first, first + count) with these products.
 void absorb(const AllPairs &p, Candidates &mine, size_t capacity, const float *products, size_t first, size_t count, const uint32_t *none, uint32_t *found) {
