@@ -329,9 +329,9 @@ public:
         loaded_ = true;
     }
 
-    // May the matrix be held under the memory limit?
+    // May the matrix be held under the memory limit, with something left for what goes with it?
     bool matrix_fits() const {
-        return source_.complete() && (source_.matrix() || matrix_.size() || memory_.allows(checked_product(checked_product(source_.n(), source_.n()), sizeof(float))));
+        return source_.complete() && (source_.matrix() || matrix_.size() || memory_.allows(checked_product(checked_product(source_.n(), source_.n()), sizeof(float) + 1)));
     }
 
     // All similarities, row after row; the diagonal is arbitrary.
