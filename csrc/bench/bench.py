@@ -141,11 +141,11 @@ def core_run(x, preference):
     return (steps[-1] - steps[0]) / (len(steps) - 1) if len(steps) > 1 else 0.0, total, result
 
 
-def memory_of(who, x, number):
-    """MiB that a run adds to a process that holds its input already, from a process of its own. `number`: preference or batch."""
+def memory_of(who, x, preference):
+    """MiB that a run adds to a process that holds its input already, from a process of its own."""
     with tempfile.NamedTemporaryFile(suffix=".npy") as file:
         np.save(file.name, x)
-        command = [sys.executable, __file__, "--memory-of", who, file.name, repr(number), "--threads", str(args.threads), "--damping", str(args.damping)]
+        command = [sys.executable, __file__, "--memory-of", who, file.name, repr(preference), "--threads", str(args.threads), "--damping", str(args.damping)]
         return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
@@ -160,9 +160,6 @@ def most_memory():
 
 def run_for_memory(who, path, number):
     x, number = np.load(path, allow_pickle=False), float(number)
-    if who == "top_n":  # first a call that brings in the code and the results' own pages
-        interests = np.random.default_rng(0).standard_normal((int(number), 4, x.shape[1]), dtype=np.float32)
-        kept = eimf_core.top_n(interests, x[:50], 50, n_threads=args.threads)
     try:
         Path("/proc/self/clear_refs").write_text("5")  # Linux: the most so far starts anew
     except OSError:
@@ -170,9 +167,6 @@ def run_for_memory(who, path, number):
     before = most_memory()
     if who == "eimf":
         core_run(x, number)
-    elif who == "top_n":
-        kept += eimf_core.top_n(interests, x, 50, n_threads=args.threads)
-        before += sum(array.nbytes for array in kept) / 2 / (1 << 20)
     else:
         sklearn_run(sklearn_similarities(x), number, 2, copy=False)
     print(most_memory() - before)
@@ -275,7 +269,7 @@ def bench_top_n(peak, n=50, k=4, d=64):
         rows.append({"items": n_items, "threads": args.threads, "batch": batch} | {f"{name} users/s": batch / seconds for name, seconds in median.items()}
                     | {f"times {name}": median[name] / median["eimf"] for name in ("NumPy", "torch", "faiss") if name in median}
                     | {"GFLOP/s": gflops, "share of peak": gflops / (peak * args.threads),
-                       "share of peak, prepared": gflops * median["eimf"] / median["eimf, prepared"] / (peak * args.threads), "extra MiB": memory_of("top_n", items, batch)} | {name: statistics.median(values) for name, values in single.items()})
+                       "share of peak, prepared": gflops * median["eimf"] / median["eimf, prepared"] / (peak * args.threads)} | {name: statistics.median(values) for name, values in single.items()})
         print(rows[-1], file=sys.stderr, flush=True)
     if rows:
         table(f"Top {n} of the maximum over K = {k}, D = {d}", list(rows[0]), rows)
