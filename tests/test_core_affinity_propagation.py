@@ -91,7 +91,7 @@ def test_lists_and_the_matrix_of_similarities_give_the_same(preference, damping)
 
 
 @pytest.mark.parametrize("preference", [-3000.0, -30000.0])
-def test_same_bits_for_all_thread_counts_and_kernels_with_the_matrix(preference):
+def test_same_bits_for_all_thread_counts_with_the_matrix(preference):
     x = blobs(16, 1500, 12, centres=9)
     runs = [eimf_core.affinity_propagation(x, preference, damping=0.7, n_threads=t) for t in (1, 2, 7)]
     assert runs[0].peak_bytes > 1500 * 1500 * 4
