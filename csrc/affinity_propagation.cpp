@@ -7,8 +7,11 @@
 // Both follow from the damped updates started at 0, with weight = 1 - damping^t.
 // Entries with r > 0, and the row's best, have s(i,k) >= the row's best value, so they are a prefix of the list.
 //
-// Where preferences are so low that the lists would approach whole rows, all messages are written out as float32 n x n arrays and
-// the run goes on with those (become_dense): then one sweep over 20 n^2 bytes an iteration is cheaper.
+// Where preferences are so low that the lists would approach whole rows, the similarities are kept as a float32 n x n array
+// (use_matrix), and only entries where a message differs from the implied value hold their own: those that ever were a row's best
+// (r) and those with r(i,k) > max(0, column sum) at some time (a). They are few at any preference. A row then is read whole only
+// where its first list and the columns with the highest values cannot decide it, and it is screened in float32: what may matter
+// is judged in float64. So every form has the same messages but for rounding in float64.
 #include <algorithm>
 #include <cstring>
 #include <map>
@@ -20,7 +23,12 @@ namespace eimf {
 namespace {
 
 constexpr double NEVER = -1e300;  // stands for minus infinity where arithmetic must stay finite
-constexpr size_t FIRST_LENGTH = 64, GROWTH = 4;
+constexpr size_t FIRST_LENGTH = 64, GROWTH = 4;  // of lists
+// Lists that hold more than 1 / LISTED_SHARE of all pairs are worse than the matrix.
+constexpr size_t LISTED_SHARE = 16;
+// A matrix of so many bytes at most is also preferred to lists that would do, but be longer than twice the first length.
+constexpr size_t SMALL_MATRIX = 128 << 20;
+constexpr size_t ACTIVE = 64;  // columns that are tried before a whole row
 constexpr size_t SELF = static_cast<size_t>(-1);
 
 // One row's neighbours, by falling s, equal s by rising id.
@@ -46,11 +54,14 @@ public:
     virtual size_t n() const = 0;
     // Is s(i,k) the same for all pairs?
     virtual bool all_equal(const std::vector<Row> &rows) const = 0;
+    // The similarities, row after row, where they are given as a matrix (the diagonal is arbitrary); else nullptr.
+    virtual const float *matrix() const { return nullptr; }
+    // Are all pairs known?
+    virtual bool complete() const { return true; }
     // Give each of `which` a list of at least `length` neighbours (or all there are), by calling fill(i, neighbours, bound).
     using Fill = std::function<void(size_t i, const Neighbour *sorted, size_t length, float bound)>;
-    virtual void neighbours(const uint32_t *which, size_t count, size_t length, Team &team, Memory &memory, const Fill &fill) const = 0;
-    // All similarities, row after row, in `storage` or elsewhere (the diagonal is arbitrary); nullptr if pairs are missing.
-    virtual const float *matrix(Team &team, Memory &memory, Buffer<float> &storage) const = 0;
+    // If `matrix` is given, for all rows and where there is none already, their similarities go there as well.
+    virtual void neighbours(const uint32_t *which, size_t count, size_t length, Team &team, Memory &memory, const Fill &fill, float *matrix) const = 0;
     // s(i,k); false if i has no edge to k.
     virtual bool similarity(size_t i, size_t k, double *s) const = 0;
     // For each member, the sum of s(i, member) over the other members (NEVER where one has no edge to it).
@@ -119,16 +130,15 @@ public:
         return true;
     }
 
-    void neighbours(const uint32_t *which, size_t count, size_t length, Team &team, Memory &memory, const Fill &fill) const override {
+    void neighbours(const uint32_t *which, size_t count, size_t length, Team &team, Memory &memory, const Fill &fill, float *matrix) const override {
         const size_t wanted = std::min(length, n() - 1);
-        TopNProblem problem{kernels_, centred_.data(), n(), d_, bias_.data(), nullptr, count, 1, wanted + 1, nullptr, {}, {}, {}};
-        problem.rows = [&](size_t q) { return centred_.data() + static_cast<size_t>(which[q]) * d_; };
-        problem.result = [&](size_t q, const RankKey *keys, const int32_t *, size_t found) {
-            const size_t i = which[q];
+        const auto listed = [&](size_t i, const RankKey *keys, size_t found) {
             Buffer<Neighbour> list(memory, found);
             size_t kept = 0;
-            for (size_t j = 0; j < found; ++j)
+            for (size_t j = 0; j < found; ++j) {
+                for (size_t t = 0; j + 2 < found && t < d_; t += 16) __builtin_prefetch(row(key_id(keys[j + 2])) + t);
                 if (key_id(keys[j]) != i && kept < wanted) list[kept++] = entry(i, key_id(keys[j]));
+            }
             std::sort(list.begin(), list.begin() + kept);
             float bound = -std::numeric_limits<float>::infinity();
             if (kept < n() - 1) {
@@ -136,37 +146,18 @@ public:
                 const double last = 2.0 * key_score(keys[found - 1]) + 2.0 * bias_[i] + error_;
                 bound = static_cast<float>(std::min(0.0, last * weight_[i]) * (1 - 1e-6));
             }
+            if (matrix) {
+                const float weight = static_cast<float>(weight_[i]), bias = bias_[i];
+                float *s = matrix + i * n();
+                for (size_t k = 0; k < n(); ++k) s[k] = std::min(0.0f, 2 * (s[k] + bias_[k] + bias)) * weight;
+            }
             fill(i, list.data(), kept, bound);
         };
+        if (count == n()) return nearest_of_all({kernels_, centred_.data(), n(), d_, bias_.data(), wanted + 1, matrix, listed}, team, memory);
+        TopNProblem problem{kernels_, centred_.data(), n(), d_, bias_.data(), nullptr, count, 1, wanted + 1, nullptr, {}, {}, {}};
+        problem.rows = [&](size_t q) { return centred_.data() + static_cast<size_t>(which[q]) * d_; };
+        problem.result = [&](size_t q, const RankKey *keys, const int32_t *, size_t found) { listed(which[q], keys, found); };
         top_n(problem, team, memory);
-    }
-
-    const float *matrix(Team &team, Memory &memory, Buffer<float> &storage) const override {
-        storage = Buffer<float>(memory, checked_product(n(), n()));
-        const size_t width = kernels_->width, rows_per_block = 256;
-        team.run((n() + rows_per_block - 1) / rows_per_block, [&](size_t block) {
-            Buffer<float> panel(memory, width * d_);
-            float scores[8 * 64], bias[64];
-            const float *item[64];
-            const size_t first = block * rows_per_block, last = std::min(n(), first + rows_per_block);
-            for (size_t k = 0; k < n(); k += width) {
-                const size_t here = std::min(width, n() - k);
-                for (size_t j = 0; j < width; ++j) {
-                    item[j] = &centred_[(k + std::min(j, here - 1)) * d_];
-                    bias[j] = bias_[k + std::min(j, here - 1)];
-                }
-                kernels_->pack(item, d_, panel.data());
-                for (size_t i = first; i < last; i += kernels_->rows) {
-                    const size_t count = std::min(kernels_->rows, last - i);
-                    kernels_->tile(panel.data(), bias, &centred_[i * d_], count, d_, scores);
-                    for (size_t r = 0; r < count; ++r)
-                        for (size_t j = 0; j < here; ++j)
-                            storage[(i + r) * n() + k + j] =
-                                std::min(0.0f, 2 * (scores[r * width + j] + bias_[i + r])) * static_cast<float>(weight_[i + r]);
-                }
-            }
-        });
-        return storage.data();
     }
 
     void medoid_scores(const uint32_t *members, size_t count, double *scores) const override {
@@ -231,7 +222,7 @@ public:
                 if (i != k && s_[i * n_ + k] != s_[1]) return false;
         return true;
     }
-    void neighbours(const uint32_t *which, size_t count, size_t length, Team &team, Memory &memory, const Fill &fill) const override {
+    void neighbours(const uint32_t *which, size_t count, size_t length, Team &team, Memory &memory, const Fill &fill, float *) const override {
         const size_t wanted = std::min(length, n_ - 1);
         team.run(count, [&](size_t q) {
             const size_t i = which[q];
@@ -243,7 +234,7 @@ public:
             fill(i, all.data(), wanted, whole ? -std::numeric_limits<float>::infinity() : all[wanted - 1].s);
         });
     }
-    const float *matrix(Team &, Memory &, Buffer<float> &) const override { return s_; }
+    const float *matrix() const override { return s_; }
     void medoid_scores(const uint32_t *members, size_t count, double *scores) const override {
         std::fill_n(scores, count, 0.0);
         for (size_t i = 0; i < count; ++i)
@@ -282,7 +273,7 @@ public:
             if (row.length != n_ - 1 || row.s[0] != rows[0].s[0] || row.s[row.length - 1] != rows[0].s[0]) return false;
         return true;
     }
-    void neighbours(const uint32_t *which, size_t count, size_t, Team &team, Memory &memory, const Fill &fill) const override {
+    void neighbours(const uint32_t *which, size_t count, size_t, Team &team, Memory &memory, const Fill &fill, float *) const override {
         team.run((count + 1023) / 1024, [&](size_t block) {
             for (size_t q = block * 1024; q < std::min(count, (block + 1) * 1024); ++q) {
                 const size_t i = which[q], degree = static_cast<size_t>(indptr_[i + 1] - indptr_[i]);
@@ -295,7 +286,7 @@ public:
             }
         });
     }
-    const float *matrix(Team &, Memory &, Buffer<float> &) const override { return nullptr; }
+    bool complete() const override { return false; }
     void medoid_scores(const uint32_t *members, size_t count, double *scores) const override {
         std::fill_n(scores, count, 0.0);
         std::vector<size_t> edges(count, 0);
@@ -325,14 +316,34 @@ public:
 
     const Row &operator[](size_t i) const { return rows_[i]; }
     const std::vector<Row> &rows() const { return rows_; }
-    const std::vector<uint32_t> &first_lengths() const { return first_lengths_; }
-    bool loaded() const { return !first_lengths_.empty(); }
 
-    void load(Team &team) {
-        std::vector<uint32_t> all(source_.n());
-        std::iota(all.begin(), all.end(), 0u);
-        fetch(all, FIRST_LENGTH, team);
-        for (const Row &row : rows_) first_lengths_.push_back(row.length);
+    // Make all lists at least this long, or whole. At the first time get the matrix as well, if that is wanted and may be held.
+    void load(Team &team, size_t length, bool with_matrix) {
+        if (!loaded_) {
+            fetch_all(team, length, with_matrix && matrix_fits() && hold_matrix());
+        } else {
+            std::vector<uint32_t> all(source_.n());
+            std::iota(all.begin(), all.end(), 0u);
+            grow(all, std::vector<uint32_t>(all.size(), static_cast<uint32_t>(length)), team);
+        }
+        loaded_ = true;
+    }
+
+    // May the matrix be held under the memory limit, with something left for what goes with it?
+    bool matrix_fits() const {
+        return source_.complete() && (source_.matrix() || matrix_.size() || memory_.allows(checked_product(checked_product(source_.n(), source_.n()), sizeof(float) + 1)));
+    }
+
+    // All similarities, row after row; the diagonal is arbitrary.
+    const float *matrix(Team &team) {
+        if (source_.matrix()) return source_.matrix();
+        if (!matrix_.size() && hold_matrix()) {
+            Lists again(source_, memory_);  // its lists are the first ones
+            again.matrix_.swap(matrix_);
+            again.fetch_all(team, FIRST_LENGTH, true);
+            again.matrix_.swap(matrix_);
+        }
+        return matrix_.data();
     }
 
     // Make the lists of `which` at least as long as `lengths` says, or whole.
@@ -344,7 +355,22 @@ public:
     }
 
 private:
-    void fetch(const std::vector<uint32_t> &which, size_t length, Team &team) {
+    // False if there is one already, outside.
+    bool hold_matrix() {
+        if (source_.matrix()) return false;
+        matrix_ = Buffer<float>(memory_, checked_product(source_.n(), source_.n()));
+        return true;
+    }
+
+    void fetch_all(Team &team, size_t length, bool with_matrix) {
+        std::vector<uint32_t> all(source_.n());
+        std::iota(all.begin(), all.end(), 0u);
+        fetch(all, length, team, with_matrix ? matrix_.data() : nullptr);
+        for (size_t i = 0; with_matrix && i < rows_.size(); ++i)  // the lists' values are the more exact ones
+            for (size_t j = 0; j < std::min<size_t>(FIRST_LENGTH, rows_[i].length); ++j) matrix_[i * rows_.size() + rows_[i].id[j]] = rows_[i].s[j];
+    }
+
+    void fetch(const std::vector<uint32_t> &which, size_t length, Team &team, float *matrix = nullptr) {
         source_.neighbours(which.data(), which.size(), length, team, memory_,
                            [this](size_t i, const Neighbour *sorted, size_t found, float bound) {
                                Buffer<unsigned char> larger(memory_, found * ENTRY_BYTES);
@@ -353,14 +379,15 @@ private:
                                for (size_t j = 0; j < found; ++j) row.s[j] = sorted[j].s, row.id[j] = sorted[j].id;
                                rows_[i] = row;
                                owned_[i] = std::move(larger);
-                           });
+                           }, matrix);
     }
 
     const Source &source_;
     Memory &memory_;
     std::vector<Row> rows_;
     std::vector<Buffer<unsigned char>> owned_;  // what the rows point into
-    std::vector<uint32_t> first_lengths_;
+    bool loaded_ = false;
+    Buffer<float> matrix_;
 };
 
 // ------------------------------------------------------------------------------------------------------------ the engine
@@ -381,6 +408,49 @@ struct Messages {
         r = values.data();
         a = r + larger;
     }
+};
+
+// Row i's pairs with messages of their own, where the matrix is used.
+struct Entry {  // r and a
+    double r, a;
+    float s;
+    uint32_t id;
+    double sum = 0;  // scratch
+};
+
+struct Lagging {  // a alone; r is the implied one
+    Buffer<double> a;
+    Buffer<float> s;
+    Buffer<uint32_t> id;
+    uint32_t used = 0;
+
+    void add(Memory &memory, uint32_t id_, float s_, double a_) {
+        if (used == a.size()) {
+            const size_t room = used ? size_t{2} * used : 16;
+            Buffer<double> next_a(memory, room);
+            Buffer<float> next_s(memory, room);
+            Buffer<uint32_t> next_id(memory, room);
+            std::copy_n(a.data(), used, next_a.data());
+            std::copy_n(s.data(), used, next_s.data());
+            std::copy_n(id.data(), used, next_id.data());
+            a = std::move(next_a);
+            s = std::move(next_s);
+            id = std::move(next_id);
+        }
+        a[used] = a_;
+        s[used] = s_;
+        id[used++] = id_;
+    }
+    void move(uint32_t from, uint32_t to) {
+        a[to] = a[from];
+        s[to] = s[from];
+        id[to] = id[from];
+    }
+};
+
+struct Own {
+    std::vector<Entry> entries;
+    Lagging lagging;
 };
 
 // Distinct numbers in [0, 1) that differ much for neighbouring k (the van der Corput sequence).
@@ -414,19 +484,22 @@ public:
 
     Clustering run(eimf_ap_result *result) {
         report(0, 0);
-        if (!lists_.loaded()) lists_.load(team_);
-        std::copy_n(lists_.first_lengths().begin(), n_, visible_.data());
+        const auto [length, with_matrix] = expected();
+        lists_.load(team_, length, with_matrix);
+        for (size_t i = 0; i < n_; ++i) visible_[i] = static_cast<uint32_t>(std::min<size_t>(length, lists_[i].length));
         report(0, 0);
         Clustering found;
         if (trivial(&found)) {
             result->converged = 1;
             return found;
         }
-        decide_ties(-32);
+        decide_ties();
+        if (with_matrix && lists_.matrix_fits()) use_matrix();
         Clustering best;
         best.net_similarity = -std::numeric_limits<double>::infinity();
         const size_t first_candidate = options_.max_iter - std::min(options_.max_iter, options_.convergence_iter);
         for (size_t iteration = 0; iteration < options_.max_iter; ++iteration) {
+            cleaning_ = iteration % 8 == 7;
             responsibilities();
             const bool changing = availabilities();
             result->n_iter = iteration + 1;
@@ -461,14 +534,35 @@ private:
             fail(EIMF_ERROR_INTERRUPTED, "stopped by the progress callback at iteration %zu", iteration);
     }
 
-    // Lower each preference by a little of its own, at most 2^exponent of its size, so that columns that serve equally differ. The
-    // difference must outlast rounding: the messages of lists are float64, explicit ones float32.
-    void decide_ties(int exponent) {
+    // Lower each preference by a little of its own, at most 2^-32 of its size, so that columns that serve equally differ.
+    void decide_ties() {
         for (size_t i = 0; i < n_; ++i) {
             double scale = std::fabs(preference_[i]);
             if (lists_[i].length) scale = std::max(scale, std::fabs(static_cast<double>(lists_[i].s[0])));
-            p_[i] = preference_[i] - std::ldexp(scale, exponent) * spread(static_cast<uint32_t>(i));
+            p_[i] = preference_[i] - std::ldexp(scale, -32) * spread(static_cast<uint32_t>(i));
         }
+    }
+
+    // How long the lists should be at first, and whether the matrix should be used at once. The second iteration scans rows furthest:
+    // then columns are worth about gain^2 (p - s1), with s1 the row's best similarity. Judged by 8 rows, whatever lists there are.
+    std::pair<size_t, bool> expected() const {
+        if (!source_.complete() || n_ <= 2 * FIRST_LENGTH) return {FIRST_LENGTH, false};
+        const double gain = 1 - options_.damping;
+        constexpr size_t rows = 8;
+        size_t scanned = 0;
+        std::vector<double> s(n_);
+        for (size_t i = 0; i < n_; i += (n_ + rows - 1) / rows) {
+            double best = -std::numeric_limits<double>::infinity();
+            for (size_t k = 0; k < n_; ++k)
+                if (k != i && source_.similarity(i, k, &s[k])) best = std::max(best, s[k]);
+            for (size_t k = 0; k < n_; ++k) scanned += k != i && s[k] > best + gain * gain * (preference_[i] - best);
+        }
+        const size_t wanted = 2 * scanned / rows;  // rows differ much
+        const bool small = n_ * n_ <= SMALL_MATRIX / sizeof(float);
+        if (wanted > (small ? 2 * FIRST_LENGTH : std::max(2 * FIRST_LENGTH, n_ / LISTED_SHARE))) return {FIRST_LENGTH, true};
+        size_t length = FIRST_LENGTH;
+        while (length < wanted) length *= 2;
+        return {std::min(length, n_ - 1), false};
     }
 
     // Cases with a known answer, where messages would only oscillate.
@@ -514,9 +608,7 @@ private:
     void update_row_availabilities(size_t i) {
         const Row &row = lists_[i];
         Messages &own = messages_[i];
-        const double damping = options_.damping, gain = 1 - damping;
-        for (size_t j = 0; j < own.used; ++j)
-            own.a[j] = damping * own.a[j] + gain * std::min(0.0, column_sum_[row.id[j]] - std::max(own.r[j], 0.0));
+        kernels_->update_availabilities(row.id, row.s, own.r, own.a, own.used, column_sum_.data(), 0, 0, options_.damping);
     }
 
     // The two best values of a(i,k) + s(i,k). False if the list ends before that is certain.
@@ -529,8 +621,14 @@ private:
             if (value > best) second = best, best = value, arg = j;
             else if (value > second) second = value;
         };
-        size_t j = 0;
-        for (; j < own.used; ++j) see(row.s[j] + own.a[j], j);
+        double pair[2] = {-std::numeric_limits<double>::infinity(), -std::numeric_limits<double>::infinity()};
+        kernels_->two_best(row.s, own.a, own.used, pair);
+        size_t at = 0;  // the best of those
+        if (pair[0] > best)
+            while (row.s[at] + own.a[at] != pair[0]) ++at;
+        see(pair[0], at);
+        see(pair[1], at);  // never the best
+        size_t j = own.used;
         for (; j < row.length && row.s[j] > second; ++j) see(row.s[j] + column_[row.id[j]], j);
         second_[i] = std::max(second, NEVER);
         if (j == row.length && row.bound > second) return false;
@@ -546,10 +644,10 @@ private:
         const size_t arg = arg_[i];
         r_self_[i] = damping * r_self_[i] + gain * (p_[i] - (arg == SELF ? second : best));
         size_t j = 0;
-        for (; j < own.used; ++j) {
-            own.r[j] = damping * own.r[j] + gain * (row.s[j] - (j == arg ? second : best));
-            if (own.r[j] > 0) column_sum[row.id[j]] += own.r[j];
-        }
+        const double before = arg < own.used ? own.r[arg] : 0.0;
+        kernels_->update_responsibilities(row.s, own.r, own.used, best, damping);
+        if (arg < own.used) own.r[arg] = damping * before + gain * (row.s[arg] - second);
+        for (; j < own.used; ++j) column_sum[row.id[j]] += std::max(own.r[j], 0.0);
         for (; j < row.length; ++j) {
             const double before = weight_ * row.s[j] - level_[i];
             const double r = damping * before + gain * (row.s[j] - (j == arg ? second : best));
@@ -564,10 +662,7 @@ private:
     }
 
     void responsibilities() {
-        if (dense_s_) {
-            team_.run(blocks_, [this](size_t b) { dense_block(b, static_cast<float>(options_.damping)); });
-            return;
-        }
+        if (matrix_) return team_.run(blocks_, [this](size_t b) { matrix_block(b, true); });
         team_.run(blocks_, [this](size_t b) {
             const size_t first = b * n_ / blocks_, last = (b + 1) * n_ / blocks_;
             waiting_[b].clear();
@@ -586,10 +681,9 @@ private:
         for (uint32_t b : blocked) short_rows.insert(short_rows.end(), waiting_[b].begin(), waiting_[b].end());
         while (!short_rows.empty()) {
             const std::vector<uint32_t> lengths = lengths_for(short_rows);
-            if (should_be_dense(lengths) && become_dense()) {
-                // Availabilities of this iteration are there already, so they are kept as they are: damping 1.
-                team_.run(blocked.size(), [&](size_t q) { dense_block(blocked[q], 1.0f); });
-                return;
+            if (too_long(lengths) && lists_.matrix_fits()) {
+                use_matrix();
+                return team_.run(blocked.size(), [&](size_t q) { matrix_block(blocked[q], false); });
             }
             lists_.grow(short_rows, lengths, team_);
             for (size_t q = 0; q < short_rows.size(); ++q) visible_[short_rows[q]] = lengths[q];
@@ -625,63 +719,229 @@ private:
     }
 
     // Would the lists hold more than a part of all pairs?
-    bool should_be_dense(const std::vector<uint32_t> &lengths) const {
+    bool too_long(const std::vector<uint32_t> &lengths) const {
         size_t listed = std::accumulate(lengths.begin(), lengths.end(), size_t{0});
         for (size_t i = 0; i < n_; ++i) listed += visible_[i];
-        return listed > n_ / 4 * n_;
+        return listed > n_ / LISTED_SHARE * n_;
     }
 
-    // Write all messages out. Blocks without waiting rows have done this iteration's responsibilities already. False if pairs are missing
-    // or the memory limit forbids it.
-    bool become_dense() {
-        const size_t pairs = checked_product(n_, n_);
-        if (options_.memory_limit && memory_.held() + 3 * pairs * sizeof(float) > options_.memory_limit) return false;
-        const float *s = source_.matrix(team_, memory_, dense_storage_);
-        if (!s) return false;
-        dense_r_ = Buffer<float>(memory_, pairs);
-        dense_a_ = Buffer<float>(memory_, pairs);
-        dense_partial_ = Buffer<float>(memory_, checked_product(blocks_, n_), 0.0f);
-        dense_column_sum_ = Buffer<float>(memory_, n_, 0.0f);
+    // From here on with the matrix. Between two iterations, or in the middle of one: then blocks without waiting rows have done this
+    // iteration's responsibilities already.
+    void use_matrix() {
+        matrix_ = lists_.matrix(team_);
+        largest_ = largest_magnitude(matrix_, n_, n_, "similarities");
+        own_.resize(n_);
+        words_ = (n_ + 31) / 32;
+        with_own_ = Buffer<uint32_t>(memory_, checked_product(n_, words_), 0u);
+        screen_ = Buffer<float>(memory_, n_);
+        scratch_screen_ = Buffer<float>(memory_, blocks_ * n_);
+        scratch_maxima_ = Buffer<float>(memory_, blocks_ * stretches());
+        scratch_found_ = Buffer<uint32_t>(memory_, blocks_ * n_);
+        excess_ = Buffer<float>(memory_, n_);
         const double next_weight = options_.damping * weight_ + 1 - options_.damping;
         team_.run(blocks_, [&](size_t b) {
             const double weight = waiting_[b].empty() ? next_weight : weight_;
             for (size_t i = b * n_ / blocks_; i < (b + 1) * n_ / blocks_; ++i) {
-                float *r = &dense_r_[i * n_], *a = &dense_a_[i * n_];
-                const Row row = visible(i);
-                const Messages &own = messages_[i];
-                if (dense_storage_.size())
-                    for (size_t j = 0; j < row.length; ++j) dense_storage_[i * n_ + row.id[j]] = row.s[j];
-                for (size_t k = 0; k < n_; ++k) {
-                    r[k] = static_cast<float>(weight * s[i * n_ + k] - level_[i]);
-                    a[k] = static_cast<float>(column_[k]);
-                }
+                Messages &own = messages_[i];
                 for (size_t j = 0; j < own.used; ++j) {
-                    r[row.id[j]] = static_cast<float>(own.r[j]);
-                    a[row.id[j]] = static_cast<float>(own.a[j]);
+                    const Entry e{own.r[j], own.a[j], lists_[i].s[j], lists_[i].id[j]};
+                    const bool implied = same(e.r, weight * e.s - level_[i], e.s);
+                    if (implied && same(e.a, column_[e.id], e.s)) continue;
+                    if (implied) own_[i].lagging.add(memory_, e.id, e.s, e.a);
+                    else own_[i].entries.push_back(e);
+                    set_bit(&with_own_[i * words_], e.id);
                 }
+                own = Messages();
+                set_bit(&with_own_[i * words_], static_cast<uint32_t>(i));
             }
         });
-        dense_s_ = s;
-        decide_ties(-18);
-        return true;
+        prepare_columns();
     }
 
-    // One iteration of the block's rows on explicit messages; the diagonal is kept apart, as ever.
-    void dense_block(size_t b, float damping) {
-        const float keep = static_cast<float>(options_.damping), gain = 1 - keep;
-        for (size_t i = b * n_ / blocks_; i < (b + 1) * n_ / blocks_; ++i) {
-            const float *s = dense_s_ + i * n_;
-            float *r = &dense_r_[i * n_], *a = &dense_a_[i * n_], *partial = &dense_partial_[b * n_];
-            float best = -std::numeric_limits<float>::infinity(), second = best;
-            kernels_->row_availabilities(s, r, a, dense_column_sum_.data(), i, damping, 1 - damping, &best, &second);
-            kernels_->row_availabilities(s + i + 1, r + i + 1, a + i + 1, &dense_column_sum_[i] + 1, n_ - i - 1, damping, 1 - damping, &best, &second);
-            const double self = a_self_[i] + p_[i], others = best;
-            if (self > best) second = best = static_cast<float>(self);
-            else if (self > second) second = static_cast<float>(self);
-            r_self_[i] = options_.damping * r_self_[i] + (1 - options_.damping) * (p_[i] - (self > others ? others : static_cast<double>(best)));
-            kernels_->row_responsibilities(s, r, a, i, keep, gain, best, second, partial);
-            kernels_->row_responsibilities(s + i + 1, r + i + 1, a + i + 1, n_ - i - 1, keep, gain, best, second, partial + i + 1);
+    static bool bit(const uint32_t *bits, uint32_t k) { return bits[k / 32] >> (k % 32) & 1; }
+    static void set_bit(uint32_t *bits, uint32_t k) { bits[k / 32] |= 1u << (k % 32); }
+    static void clear_bit(uint32_t *bits, uint32_t k) { bits[k / 32] &= ~(1u << (k % 32)); }
+
+    // Is this message what a pair without one of its own has, but for rounding?
+    static bool same(double own, double implied, float s) { return std::fabs(own - implied) <= 1e-13 * (std::fabs(implied) + std::fabs(s)); }
+
+    // What all rows use of the columns' present values: float32 copies, for screening, and the columns with the highest values.
+    void prepare_columns() {
+        double largest = 0;
+        for (size_t k = 0; k < n_; ++k) {
+            largest = std::max(largest, std::fabs(column_[k]));
+            screen_[k] = static_cast<float>(std::max(column_[k], -3e38));
+            // A little smaller than it is, so that rounding hides no responsibility above it.
+            excess_[k] = -static_cast<float>(std::min(std::max(column_sum_[k], 0.0), 3e38) * (1 - std::ldexp(1, -20)));
         }
+        screen_error_ = std::ldexp(largest_ + largest, -21);
+        active_.resize(n_);
+        std::iota(active_.begin(), active_.end(), 0u);
+        const auto higher = [this](uint32_t a, uint32_t b) { return column_[a] != column_[b] ? column_[a] > column_[b] : a < b; };
+        if (n_ > ACTIVE) {
+            std::nth_element(active_.begin(), active_.begin() + ACTIVE, active_.end(), higher);
+            rest_ = column_[active_[ACTIVE]];
+            active_.resize(ACTIVE);
+        } else {
+            rest_ = -std::numeric_limits<double>::infinity();
+        }
+        std::sort(active_.begin(), active_.end(), higher);
+    }
+
+    // One iteration of the block's rows; with `all` = false the availabilities have been updated already.
+    void matrix_block(size_t b, bool all) {
+        float *screen = &scratch_screen_[b * n_];
+        std::copy_n(screen_.data(), n_, screen);
+        for (size_t i = b * n_ / blocks_; i < (b + 1) * n_ / blocks_; ++i)
+            matrix_row(i, screen, &scratch_maxima_[b * stretches()], &scratch_found_[b * n_], &partial_[b * n_], all);
+    }
+    size_t stretches() const { return (n_ + STRETCH - 1) / STRETCH; }
+
+    void matrix_row(size_t i, float *screen, float *maxima, uint32_t *found, double *column_sum, bool all) {
+        const double damping = options_.damping, gain = 1 - damping, weight = weight_, level = level_[i];
+        const float *s = matrix_ + i * n_;
+        Row row = lists_[i];
+        if (FIRST_LENGTH < row.length) {
+            row.length = FIRST_LENGTH;
+            row.bound = row.s[row.length];
+        }
+        std::vector<Entry> &entries = own_[i].entries;
+        Lagging &lagging = own_[i].lagging;
+        uint32_t *bits = &with_own_[i * words_];
+
+        // Availabilities. Pairs whose messages have become as implied need none of their own any more.
+        if (all) {
+            kernels_->update_availabilities(lagging.id.data(), lagging.s.data(), nullptr, lagging.a.data(), lagging.used, column_sum_.data(), weight, level, damping);
+            if (cleaning_) {
+                uint32_t left = 0;
+                for (uint32_t j = 0; j < lagging.used; ++j) {
+                    if (same(lagging.a[j], column_[lagging.id[j]], lagging.s[j])) clear_bit(bits, lagging.id[j]);
+                    else lagging.move(j, left++);
+                }
+                lagging.used = left;
+            }
+            size_t kept = 0;
+            for (Entry &e : entries) {
+                e.a = damping * e.a + gain * std::min(0.0, column_sum_[e.id] - std::max(e.r, 0.0));
+                if (!same(e.r, weight * e.s - level, e.s)) entries[kept++] = e;
+                else if (!same(e.a, column_[e.id], e.s)) lagging.add(memory_, e.id, e.s, e.a);
+                else clear_bit(bits, e.id);
+            }
+            entries.resize(kept);
+            // New: pairs whose own responsibility now matters to their availability, r > max(0, column sum).
+            const auto consider = [&](uint32_t k, float similarity) {
+                const double r = weight * similarity - level, sum = column_sum_[k];
+                if (r <= std::max(0.0, sum)) return;
+                lagging.add(memory_, k, similarity, column_[k] + gain * (std::min(0.0, sum - r) - std::min(0.0, sum)));
+                set_bit(bits, k);
+            };
+            if (weight * row.bound - level > 0) {
+                const double limit = level - std::ldexp(largest_ + std::fabs(level), -21);
+                const size_t count = kernels_->find_above(s, excess_.data(), bits, n_, static_cast<float>(weight), static_cast<float>(limit), found);
+                for (size_t q = 0; q < count; ++q) consider(found[q], s[found[q]]);
+            } else {
+                for (size_t j = 0; j < row.length && weight * row.s[j] - level > 0; ++j)
+                    if (!bit(bits, row.id[j])) consider(row.id[j], row.s[j]);
+            }
+        }
+
+        // The two best values of a + s.
+        double best = a_self_[i] + p_[i], second = -std::numeric_limits<double>::infinity();
+        uint32_t arg = static_cast<uint32_t>(i);
+        const auto see = [&](double value, uint32_t k) {
+            if (value > best) second = best, best = value, arg = k;
+            else if (value > second) second = value;
+        };
+        for (const Entry &e : entries) see(e.s + e.a, e.id);
+        double pair[2] = {-std::numeric_limits<double>::infinity(), -std::numeric_limits<double>::infinity()};
+        kernels_->two_best(lagging.s.data(), lagging.a.data(), lagging.used, pair);
+        uint32_t at = 0;  // the best of those
+        if (pair[0] > best)
+            while (lagging.s[at] + lagging.a[at] != pair[0]) ++at;
+        see(pair[0], lagging.used ? lagging.id[at] : 0);
+        see(pair[1], 0);  // never the best
+        size_t listed = 0;
+        for (; listed < row.length && row.s[listed] > second; ++listed)
+            if (!bit(bits, row.id[listed])) see(row.s[listed] + column_[row.id[listed]], row.id[listed]);
+        if (listed == row.length && row.bound > second) scan_on(i, row, screen, maxima, found, &second, see);
+
+        // From here on the best pair has an r of its own.
+        if (arg != i && !(at < lagging.used && lagging.id[at] == arg) && !bit(bits, arg)) {
+            entries.push_back({weight * s[arg] - level, column_[arg], s[arg], arg});
+            set_bit(bits, arg);
+        } else if (at < lagging.used && lagging.id[at] == arg) {
+            entries.push_back({weight * lagging.s[at] - level, lagging.a[at], lagging.s[at], arg});
+            lagging.move(--lagging.used, at);
+        }
+
+        // Responsibilities, and the columns' sums of the positive ones. Those of entries and the diagonal are taken out again.
+        r_self_[i] = damping * r_self_[i] + gain * (p_[i] - (arg == i ? second : best));
+        const double next_weight = damping * weight + gain, next_level = damping * level + gain * best;
+        const double self_sum = column_sum[i];
+        for (Entry &e : entries) {
+            e.r = damping * e.r + gain * (e.s - (e.id == arg ? second : best));
+            e.sum = column_sum[e.id];
+        }
+        if (next_weight * row.bound - next_level > 0) {
+            kernels_->add_positive(s, n_, next_weight, next_level, column_sum);
+        } else {
+            for (size_t j = 0; j < row.length; ++j) {
+                const double r = next_weight * row.s[j] - next_level;
+                if (r <= 0) break;
+                column_sum[row.id[j]] += r;
+            }
+        }
+        column_sum[i] = self_sum;
+        for (const Entry &e : entries) column_sum[e.id] = e.sum + std::max(e.r, 0.0);
+        level_[i] = next_level;
+    }
+
+    // Go on with the scan of row i behind its list: the columns with the highest values, then all.
+    template <class See>
+    void scan_on(size_t i, const Row &row, float *screen, float *maxima, uint32_t *found, const double *second, const See &see) {
+        const float *s = matrix_ + i * n_;
+        uint32_t *bits = &with_own_[i * words_];
+        size_t marked = 0;  // in `bits` for now, as seen
+        const auto mark = [&](uint32_t k) {
+            set_bit(bits, k);
+            found[marked++] = k;
+        };
+        for (size_t j = 0; j < row.length; ++j)
+            if (!bit(bits, row.id[j])) mark(row.id[j]);
+        size_t tried = 0;
+        for (; tried < active_.size() && row.bound + column_[active_[tried]] > *second; ++tried) {
+            const uint32_t k = active_[tried];
+            if (bit(bits, k)) continue;
+            see(s[k] + column_[k], k);
+            mark(k);
+        }
+        if (tried == active_.size() && row.bound + rest_ > *second) {
+            const auto for_marked = [&](auto body) {
+                for (size_t w = 0; w < words_; ++w)
+                    for (uint32_t word = bits[w]; word; word &= word - 1) body(w * 32 + static_cast<size_t>(__builtin_ctz(word)));
+            };
+            for_marked([&](size_t k) { screen[k] = -std::numeric_limits<float>::infinity(); });
+            kernels_->stretch_maxima(s, screen, n_, maxima);
+            float top = -std::numeric_limits<float>::infinity(), next = top;
+            for (size_t first = 0; first < n_; first += STRETCH) {
+                const float value = maxima[first / STRETCH];
+                next = std::max(next, std::min(top, value));
+                top = std::max(top, value);
+            }
+            // Two pairs at least have a true value of `next` - error.
+            const double limit = std::max(*second, next - screen_error_) - screen_error_;
+            for (size_t first = 0; first < n_; first += STRETCH) {
+                if (maxima[first / STRETCH] < limit) continue;
+                const size_t count = kernels_->find_above(s + first, screen + first, bits + first / 32, std::min(STRETCH, n_ - first), 1.0f,
+                                                          static_cast<float>(limit), found + marked);
+                for (size_t q = 0; q < count; ++q) {
+                    const size_t k = first + found[marked + q];
+                    see(s[k] + column_[k], static_cast<uint32_t>(k));
+                }
+            }
+            for_marked([&](size_t k) { screen[k] = screen_[k]; });
+        }
+        for (size_t q = 0; q < marked; ++q) clear_bit(bits, found[q]);
     }
 
     // Column sums, the diagonal, the implied column values, and the exemplars. True if some point has changed its mind within
@@ -698,14 +958,9 @@ private:
                     sum += partial_[b * n_ + k];
                     partial_[b * n_ + k] = 0;
                 }
-                for (size_t b = 0; dense_s_ && b < blocks_; ++b) {
-                    sum += dense_partial_[b * n_ + k];
-                    dense_partial_[b * n_ + k] = 0;
-                }
                 a_self_[k] = damping * a_self_[k] + gain * sum;
                 column_sum_[k] = sum + r_self_[k];
                 column_[k] = damping * column_[k] + gain * std::min(0.0, column_sum_[k]);
-                if (dense_s_) dense_column_sum_[k] = static_cast<float>(column_sum_[k]);
                 const uint8_t exemplar = a_self_[k] + r_self_[k] > 0;
                 unchanged_[k] = exemplar == is_exemplar_[k] ? unchanged_[k] + 1 : 1;
                 is_exemplar_[k] = exemplar;
@@ -715,6 +970,7 @@ private:
         });
         exemplar_count_ = std::accumulate(count.begin(), count.end(), size_t{0});
         weight_ = damping * weight_ + gain;
+        if (matrix_) prepare_columns();
         return std::find(changing.begin(), changing.end(), 1) != changing.end();
     }
 
@@ -804,9 +1060,17 @@ private:
     std::vector<std::vector<uint32_t>> waiting_;  // per block: rows whose list was too short
     double weight_ = 0;
     size_t exemplar_count_ = 0;
-    // After become_dense: explicit messages off the diagonal.
-    const float *dense_s_ = nullptr;
-    Buffer<float> dense_storage_, dense_r_, dense_a_, dense_partial_, dense_column_sum_;
+    // After use_matrix.
+    const float *matrix_ = nullptr;
+    double largest_ = 0, screen_error_ = 0, rest_ = 0;  // rest_: no column outside `active_` is worth more
+    std::vector<Own> own_;
+    Buffer<float> scratch_screen_, scratch_maxima_;  // per block
+    Buffer<uint32_t> scratch_found_;
+    Buffer<uint32_t> with_own_;  // n bits for each row: the pairs in own_, and the diagonal
+    size_t words_ = 0;
+    bool cleaning_ = false;      // in this iteration, look for lagging pairs that no longer are
+    Buffer<float> screen_, excess_;
+    std::vector<uint32_t> active_;
 };
 
 // ------------------------------------------------------------------------------------------------------- the C functions
@@ -963,7 +1227,7 @@ extern "C" eimf_ap_options eimf_ap_defaults(void) {
 
 extern "C" size_t eimf_affinity_propagation_bytes(size_t n, size_t d) {
     const double blocks = std::min<double>(32, static_cast<double>(n) / 512 + 1);
-    const double bytes = static_cast<double>(n) * (std::min<double>(FIRST_LENGTH, static_cast<double>(n)) * ENTRY_BYTES + 4.0 * static_cast<double>(d) +
+    const double bytes = static_cast<double>(n) * (std::min<double>(FIRST_LENGTH, static_cast<double>(n)) * ENTRY_BYTES + static_cast<double>(bytes_per_row(FIRST_LENGTH + 1)) + 4.0 * static_cast<double>(d) +
                                                    8 * blocks + 256) + (4 << 20);
     return bytes < static_cast<double>(std::numeric_limits<size_t>::max()) ? static_cast<size_t>(bytes) : std::numeric_limits<size_t>::max();
 }

@@ -362,7 +362,8 @@ PYBIND11_MODULE(eimf_core, m) {
           py::arg("x"), py::arg("preference"), py::kw_only(), py::arg("damping") = 0.5, py::arg("max_iter") = 200,
           py::arg("convergence_iter") = 15, py::arg("n_threads") = 0, py::arg("precomputed") = false,
           py::arg("memory_limit") = 0, py::arg("progress") = py::none(),
-          R"(Cluster by affinity propagation (Frey and Dueck 2007), exactly, without n x n memory.
+          R"(Cluster by affinity propagation (Frey and Dueck 2007), exactly, without n x n memory unless
+the preference is so low that only few clusters form (see eimf.h; memory_limit can forbid it).
 
 x: float32 (n, d) points, similarity = minus squared Euclidean distance; or float32 (n, n) similarities if `precomputed`,
     row i holding how well each k would serve as i's exemplar (the diagonal is ignored).

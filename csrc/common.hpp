@@ -100,7 +100,8 @@ public:
         peak_ = held_.load();
     }
 
-    size_t held() const { return held_; }
+    // May so many bytes more be held?
+    bool allows(size_t bytes) const { return !limit_ || (held_ <= limit_ && bytes <= limit_ - held_); }
     size_t peak() const { return peak_; }
 
 private:

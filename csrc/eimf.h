@@ -71,13 +71,16 @@ const char *eimf_kernel_name(eimf_kernel kernel);
  *
  * Exact without any n x n array: a(i,k) <= 0 off the diagonal, so s(i,k) bounds a(i,k) + s(i,k). Each row keeps its nearest
  * neighbours by falling similarity; a scan for the row's two best values stops where s(i,k) falls to the second best. Where a
- * list proves too short it grows. Time per iteration is O(n x scanned neighbours), some 15 to 100 at usual preferences. At very
- * low ones, where lists would hold more than a quarter of all pairs, the messages become explicit float32 arrays: 12 n^2 bytes
- * (8 n^2 if precomputed), 20 n^2 bytes of memory traffic per iteration. memory_limit can forbid that; lists then go on growing.
+ * list proves too short it grows. Time per iteration is O(n x scanned neighbours), some 15 to 100 at usual preferences. At
+ * low ones, where lists would hold more than a sixteenth of all pairs (or where lists of 64 do not do and the matrix takes no
+ * more than 128 MiB), the similarities are kept as a float32 n x n array (none if precomputed) plus n^2 / 8 bytes and what the
+ * pairs need whose messages are not implied by their row's and column's: few, but some hundred for each row where only a handful
+ * of clusters form. An iteration then reads at most those and the array once. memory_limit can forbid that; lists then go on
+ * growing. All messages are float64 in either form.
  *
  * Ties: equal points are merged first (one point with a weight; exact, since equal points share an exemplar unless their
  * preference is positive). Other ties are decided by lowering the preference of point k by an amount that depends on k only,
- * at most 2^-32 of its size (2^-18 with explicit messages). No random numbers. If all similarities and all preferences are
+ * at most 2^-32 of its size. No random numbers. If all similarities and all preferences are
  * equal, the result is one cluster with exemplar 0, or n clusters when the preference exceeds the similarity (n_iter = 0), as
  * scikit-learn's. If the preferences are so low that one cluster is provably the optimum, that is returned at once (n_iter = 0).
  * --------------------------------------------------------------------------------------------------------------- */
@@ -107,7 +110,7 @@ typedef struct eimf_ap_result {
 
 eimf_ap_options eimf_ap_defaults(void);
 
-/* Work memory of a run over n points of d dimensions (d = 0: precomputed) as long as no neighbour list has to grow.
+/* Work memory of a run over n points of d dimensions (d = 0: precomputed) as long as neighbour lists of 64 suffice.
  * SIZE_MAX on overflow. Very low preferences take more: see above. */
 size_t eimf_affinity_propagation_bytes(size_t n, size_t d);
 
@@ -119,9 +122,8 @@ eimf_status eimf_affinity_propagation(const float *x, size_t n, size_t d, const 
                                       eimf_ap_result *result, eimf_error *error);
 
 /* Points for several runs, as a search for the preference makes them: the neighbour search, usually the largest part of a run,
- * is done once, and lists that one run had to grow stay for the next. A run gives what eimf_affinity_propagation gives at the
- * same preference and options, whatever runs came before (with explicit messages, see above, up to their float32 rounding: the
- * turn to them may come an iteration earlier or later).
+ * is done once, and lists that one run had to grow, or the array of similarities, stay for the next. A run gives what
+ * eimf_affinity_propagation gives at the same preference and options, whatever runs came before.
  *
  * x must stay alive and unchanged until eimf_points_destroy, and so must options.allocator; of the options only that, the kernel and the
  * memory limit are read by _create. One run at a time: a second one on the same object is an error, as runs share its lists;

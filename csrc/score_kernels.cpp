@@ -33,8 +33,6 @@ namespace scalar {
 #define SPREAD(x) (x)
 #define FMA(a, b, c) std::fma(a, b, c)
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
-#define MIN(a, b) ((a) > (b) ? (b) : (a))
-#define IF_EQUAL(x, y, a, b) ((x) == (y) ? (a) : (b))
 #define ABOVE(x, y) static_cast<unsigned>((x) > (y))
 #define PACK8 0
 #include "score_kernels.inc"
@@ -81,8 +79,6 @@ EIMF_TARGET_BEGIN("avx2,fma,popcnt")
 #define SPREAD(x) _mm256_set1_ps(x)
 #define FMA(a, b, c) _mm256_fmadd_ps(a, b, c)
 #define MAX(a, b) _mm256_max_ps(a, b)
-#define MIN(a, b) _mm256_min_ps(a, b)
-#define IF_EQUAL(x, y, a, b) _mm256_blendv_ps(b, a, _mm256_cmp_ps(x, y, _CMP_EQ_OQ))
 #define PACK8 1
 #define ABOVE(x, y) static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(x, y, _CMP_GT_OQ)))
 #include "score_kernels.inc"
@@ -98,10 +94,8 @@ EIMF_TARGET_BEGIN("avx512f,avx2,fma,popcnt")
 #define STORE(p, x) _mm512_storeu_ps(p, x)
 #define SPREAD(x) _mm512_set1_ps(x)
 #define FMA(a, b, c) _mm512_fmadd_ps(a, b, c)
-// A blend, not _mm512_max_ps: GCC 12 warns of an uninitialised value inside that one's header.
-#define MAX(a, b) _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), b, a)
-#define MIN(a, b) _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), a, b)
-#define IF_EQUAL(x, y, a, b) _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, y, _CMP_EQ_OQ), b, a)
+// With a mask of all lanes: GCC 12 warns of an uninitialised value inside the header's _mm512_max_ps.
+#define MAX(a, b) _mm512_maskz_max_ps(static_cast<__mmask16>(0xffff), a, b)
 #define PACK8 1
 #define ABOVE(x, y) _mm512_cmp_ps_mask(x, y, _CMP_GT_OQ)
 #include "score_kernels.inc"
@@ -123,8 +117,6 @@ static inline unsigned greater_mask(float32x4_t x, float32x4_t y) {
 #define SPREAD(x) vdupq_n_f32(x)
 #define FMA(a, b, c) vfmaq_f32(c, a, b)
 #define MAX(a, b) vmaxq_f32(a, b)
-#define MIN(a, b) vminq_f32(a, b)
-#define IF_EQUAL(x, y, a, b) vbslq_f32(vceqq_f32(x, y), a, b)
 #define ABOVE(x, y) greater_mask(x, y)
 #define PACK8 0
 #include "score_kernels.inc"
@@ -132,13 +124,13 @@ static inline unsigned greater_mask(float32x4_t x, float32x4_t y) {
 #endif
 
 const ScoreKernels *score_kernels(eimf_kernel kernel) {
-    static const ScoreKernels scalar_version{"scalar", scalar::WIDTH, 4, scalar::tile_best, scalar::tile, scalar::best, scalar::count_above, scalar::row_availabilities,
-                                              scalar::row_responsibilities, scalar::squared_distance, scalar::pack};
+    static const ScoreKernels scalar_version{"scalar", scalar::WIDTH, 4, scalar::tile_best, scalar::tile, scalar::best, scalar::count_above, scalar::range, scalar::stretch_maxima, scalar::find_above,
+                                              scalar::update_availabilities, scalar::update_responsibilities, scalar::two_best, scalar::add_positive, scalar::squared_distance, scalar::pack};
 #if EIMF_X86
-    static const ScoreKernels avx2_version{"avx2", avx2::WIDTH, 4, avx2::tile_best, avx2::tile, avx2::best, avx2::count_above, avx2::row_availabilities,
-                                              avx2::row_responsibilities, avx2::squared_distance, avx2::pack};
-    static const ScoreKernels avx512_version{"avx512", avx512::WIDTH, 8, avx512::tile_best, avx512::tile, avx512::best, avx512::count_above, avx512::row_availabilities,
-                                              avx512::row_responsibilities, avx512::squared_distance, avx512::pack};
+    static const ScoreKernels avx2_version{"avx2", avx2::WIDTH, 4, avx2::tile_best, avx2::tile, avx2::best, avx2::count_above, avx2::range, avx2::stretch_maxima, avx2::find_above,
+                                              avx2::update_availabilities, avx2::update_responsibilities, avx2::two_best, avx2::add_positive, avx2::squared_distance, avx2::pack};
+    static const ScoreKernels avx512_version{"avx512", avx512::WIDTH, 8, avx512::tile_best, avx512::tile, avx512::best, avx512::count_above, avx512::range, avx512::stretch_maxima, avx512::find_above,
+                                              avx512::update_availabilities, avx512::update_responsibilities, avx512::two_best, avx512::add_positive, avx512::squared_distance, avx512::pack};
     __builtin_cpu_init();
     const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool has_avx512 = __builtin_cpu_supports("avx512f");
@@ -146,8 +138,8 @@ const ScoreKernels *score_kernels(eimf_kernel kernel) {
     if (kernel == EIMF_KERNEL_AVX2 || (kernel == EIMF_KERNEL_AUTO && has_avx2)) return has_avx2 ? &avx2_version : nullptr;
 #endif
 #if EIMF_ARM
-    static const ScoreKernels neon_version{"neon", neon::WIDTH, 8, neon::tile_best, neon::tile, neon::best, neon::count_above, neon::row_availabilities,
-                                              neon::row_responsibilities, neon::squared_distance, neon::pack};
+    static const ScoreKernels neon_version{"neon", neon::WIDTH, 8, neon::tile_best, neon::tile, neon::best, neon::count_above, neon::range, neon::stretch_maxima, neon::find_above,
+                                              neon::update_availabilities, neon::update_responsibilities, neon::two_best, neon::add_positive, neon::squared_distance, neon::pack};
     if (kernel == EIMF_KERNEL_AUTO || kernel == EIMF_KERNEL_NEON) return &neon_version;
 #endif
     return kernel == EIMF_KERNEL_AUTO || kernel == EIMF_KERNEL_SCALAR ? &scalar_version : nullptr;

@@ -8,6 +8,8 @@
 
 namespace eimf {
 
+constexpr size_t STRETCH = 512;
+
 struct ScoreKernels {
     const char *name;
     size_t width;  // items per panel, at most 64
@@ -16,29 +18,49 @@ struct ScoreKernels {
     // The score of query row r and item j of a panel is bias[j] + sum over t of row r[t] * panel[t * width + j], accumulated
     // over t in order with fused multiply-adds in every version: so all versions agree bit for bit.
 
-    // For each of `users` users with k rows each, users * k <= rows: best[u * width + j] = the largest score of item j over
-    // the user's rows, and bit j of above[u] = best > threshold[u].
-    void (*tile_best)(const float *panel, const float *bias, const float *queries, size_t users, size_t k, size_t d,
-                      const float *threshold, float *best, uint64_t *above);
+    // For users with k rows each, k <= rows: which of the panel's items in `valid` score above threshold[user] in the maximum over the
+    // user's rows? Each user with such items is a hit; hits are returned by rising user.
+    struct Hit {
+        uint64_t items;  // bit j: item j
+        uint32_t user;
+    };
+    // best[hit * width + j] = that maximum, for all items. Room for `users` hits. Returns their number.
+    size_t (*tile_best)(const float *panel, const float *bias, const float *queries, size_t users, size_t k, size_t d, uint64_t valid,
+                        const float *threshold, float *best, Hit *hits);
 
     // scores[r * width + j] of `count` rows, count <= rows.
     void (*tile)(const float *panel, const float *bias, const float *queries, size_t count, size_t d, float *scores);
 
-    // The same reduction as tile_best over the scores of one user's `count` rows.
+    // The same reduction over the scores of one user's `count` rows; the result is the hit's items.
     uint64_t (*best)(const float *scores, size_t count, float threshold, float *best);
 
     // How many of the scores are above `threshold`.
     size_t (*count_above)(const float *scores, size_t count, float threshold);
 
-    // Affinity propagation on a stretch of one row of explicit messages. First a is updated from the column sums and r,
-    // a = damping a + gain min(0, column_sum - max(0, r)), and the two largest a + s are kept in best and second; then r from
-    // those: r = damping r + gain (s - (a + s == best ? second : best)), and max(0, r) is added to the column's partial sum.
-    void (*row_availabilities)(const float *s, const float *r, float *a, const float *column_sum, size_t n, float damping, float gain,
-                               float *best, float *second);
-    void (*row_responsibilities)(const float *s, float *r, const float *a, size_t n, float damping, float gain, float best,
-                                 float second, float *partial);
+    // The least and the largest of at least one score.
+    void (*range)(const float *scores, size_t count, float *least, float *most);
 
-    // Squared Euclidean distance, in float64 over eight interleaved partial sums.
+    // Affinity propagation reads rows s of the similarities (n values) with these.
+    // maxima[b] = the largest s[k] + column[k] of stretch b, k in [b * STRETCH, (b + 1) * STRETCH).
+    void (*stretch_maxima)(const float *s, const float *column, size_t n, float *maxima);
+
+    // found = all k with weight * s[k] + column[k] > limit whose bit in `skip` is not set, ascending. Returns how many.
+    size_t (*find_above)(const float *s, const float *column, const uint32_t *skip, size_t n, float weight, float limit, uint32_t *found);
+
+    // a[j] = damping * a[j] + (1 - damping) * min(0, column_sum[id[j]] - max(0, r[j])), where r[j] = weight * s[j] - level if r is nullptr.
+    void (*update_availabilities)(const uint32_t *id, const float *s, const double *r, double *a, size_t n, const double *column_sum, double weight,
+                                  double level, double damping);
+
+    // r[j] = damping * r[j] + (1 - damping) * (s[j] - best).
+    void (*update_responsibilities)(const float *s, double *r, size_t n, double best, double damping);
+
+    // Raises best[0] and best[1] to the two largest of them and all s[j] + a[j].
+    void (*two_best)(const float *s, const double *a, size_t n, double *best);
+
+    // sum[k] += max(0, weight * s[k] - level).
+    void (*add_positive)(const float *s, size_t n, double weight, double level, double *sum);
+
+    // Squared Euclidean distance, in float64 over sixteen interleaved partial sums.
     double (*squared_distance)(const float *x, const float *y, size_t d);
 
     // panel[t * width + j] = items[j][t] for all j < width. Returns the largest magnitude's bits: 0x7f800000 or more if a

@@ -30,8 +30,8 @@ void keep_above(Candidates &c, float threshold) {
 // right, so bisection may stop early, and it beats finding the n-th best exactly.
 void shrink(Candidates &c, size_t n, size_t room, const ScoreKernels &kernels) {
     if (c.count <= n) return;
-    const auto range = std::minmax_element(c.scores, c.scores + c.count);
-    float low = *range.first, high = *range.second, found = c.threshold;
+    float low, high, found = c.threshold;
+    kernels.range(c.scores, c.count, &low, &high);
     for (int step = 0; step < 24; ++step) {
         const float middle = low + (high - low) / 2;
         if (!(middle > low && middle < high)) break;
@@ -103,7 +103,6 @@ void find_winners(const TopNProblem &p, const float *query, const RankKey *keys,
 int32_t search_block(const TopNProblem &p, size_t first_user, size_t last_user, size_t capacity, Memory &memory) {
     const ScoreKernels &kernels = *p.kernels;
     const size_t width = kernels.width, users = last_user - first_user, row = p.k * p.d;
-    const size_t users_per_tile = std::max<size_t>(1, kernels.rows / p.k);
 
     Buffer<float> queries(memory, users * row);
     Buffer<float> panel(memory, width * p.d);
@@ -111,6 +110,9 @@ int32_t search_block(const TopNProblem &p, size_t first_user, size_t last_user, 
     Buffer<float> candidate_scores(memory, users * capacity);
     Buffer<uint32_t> candidate_ids(memory, users * capacity);
     Buffer<Candidates> candidates(memory, users);
+    Buffer<float> thresholds(memory, users, -std::numeric_limits<float>::infinity());  // of the candidates, side by side
+    Buffer<ScoreKernels::Hit> hits(memory, users);
+    Buffer<float> best(memory, users * width);  // of the hits
     Buffer<RankKey> keys(memory, capacity);
     Buffer<int32_t> winner(memory, p.n);
     for (size_t u = 0; u < users; ++u) {
@@ -119,8 +121,7 @@ int32_t search_block(const TopNProblem &p, size_t first_user, size_t last_user, 
     }
 
     int32_t largest = 0;
-    float bias[64] = {}, best[8 * 64], threshold[8];
-    uint64_t above[8];
+    float bias[64] = {};
     const float *item[64];
     uint32_t id[64];
     for (size_t next = 0; next < p.n_items;) {
@@ -149,30 +150,30 @@ int32_t search_block(const TopNProblem &p, size_t first_user, size_t last_user, 
             valid = (uint64_t{1} << filled) - 1;
         }
 
-        for (size_t u = 0; u < users; u += users_per_tile) {
-            const size_t here = std::min(users_per_tile, users - u);
-            for (size_t v = 0; v < here; ++v) threshold[v] = candidates[u + v].threshold;
-            if (p.k <= kernels.rows) {
-                kernels.tile_best(packed, bias, &queries[u * row], here, p.k, p.d, threshold, best, above);
-            } else {
+        size_t n_hits = 0;
+        if (p.k <= kernels.rows) {
+            n_hits = kernels.tile_best(packed, bias, queries.data(), users, p.k, p.d, valid, thresholds.data(), best.data(), hits.data());
+        } else {
+            for (size_t u = 0; u < users; ++u) {
                 for (size_t r = 0; r < p.k; r += kernels.rows)
                     kernels.tile(packed, bias, &queries[u * row] + r * p.d, std::min(kernels.rows, p.k - r), p.d, &scores[r * width]);
-                above[0] = kernels.best(scores.data(), p.k, threshold[0], best);
+                const uint64_t above = kernels.best(scores.data(), p.k, thresholds[u], &best[n_hits * width]) & valid;
+                if (above) hits[n_hits++] = {above, static_cast<uint32_t>(u)};
             }
-            for (size_t v = 0; v < here; ++v) {
-                uint64_t mask = above[v] & valid;
-                if (!mask) continue;
-                Candidates &mine = candidates[u + v];
-                if (mine.count + width > capacity) shrink(mine, p.n, capacity - width, kernels);
-                for (; mask; mask &= mask - 1) {
-                    const unsigned j = static_cast<unsigned>(__builtin_ctzll(mask));
-                    const float score = best[v * width + j];
-                    if (score > mine.threshold && (!p.accepts || p.accepts(first_user + u + v, id[j]))) {
-                        mine.scores[mine.count] = score;
-                        mine.ids[mine.count++] = id[j];
-                    }
+        }
+        for (size_t h = 0; h < n_hits; ++h) {
+            const size_t u = hits[h].user;
+            Candidates &mine = candidates[u];
+            if (mine.count + width > capacity) shrink(mine, p.n, capacity - width, kernels);
+            for (uint64_t mask = hits[h].items; mask; mask &= mask - 1) {
+                const unsigned j = static_cast<unsigned>(__builtin_ctzll(mask));
+                const float score = best[h * width + j];
+                if (score > mine.threshold && (!p.accepts || p.accepts(first_user + u, id[j]))) {
+                    mine.scores[mine.count] = score;
+                    mine.ids[mine.count++] = id[j];
                 }
             }
+            thresholds[u] = mine.threshold;
         }
     }
     for (size_t u = 0; u < users; ++u) {
@@ -208,6 +209,98 @@ float top_n(const TopNProblem &p, Team &team, Memory &memory) {
     float magnitude;
     std::memcpy(&magnitude, &bits, 4);
     return magnitude;
+}
+
+namespace {
+
+constexpr size_t BLOCK_PANELS = 5, MOST_WIDTH = 48;
+
+size_t pairs_capacity(size_t wanted) { return 2 * wanted + 4 * MOST_WIDTH; }
+
+// Let a row see items [first, first + count) with these products.
+void absorb(const AllPairs &p, Candidates &mine, size_t capacity, const float *products, size_t first, size_t count, const uint32_t *none, uint32_t *found) {
+    const size_t above = p.kernels->find_above(products, p.bias + first, none, count, 1.0f, mine.threshold, found);
+    for (size_t q = 0; q < above; ++q) {
+        const float score = products[found[q]] + p.bias[first + found[q]];
+        if (!(score > mine.threshold)) continue;
+        if (mine.count == capacity) {
+            shrink(mine, p.wanted, capacity - 1, *p.kernels);
+            if (!(score > mine.threshold)) continue;
+        }
+        mine.scores[mine.count] = score;
+        mine.ids[mine.count++] = static_cast<uint32_t>(first + found[q]);
+    }
+}
+
+}  // namespace
+
+size_t bytes_per_row(size_t wanted) { return (pairs_capacity(wanted) * 2 + BLOCK_PANELS * MOST_WIDTH) * sizeof(float) + sizeof(Candidates); }
+
+void nearest_of_all(const AllPairs &given, Team &team, Memory &memory) {
+    AllPairs p = given;
+    p.wanted = std::min(p.wanted, p.n);
+    const ScoreKernels &kernels = *p.kernels;
+    const size_t n = p.n, d = p.d, width = kernels.width, block = BLOCK_PANELS * width, capacity = pairs_capacity(p.wanted);
+    Buffer<float> scores(memory, checked_product(n, capacity)), panels(memory, block * d), own(memory, p.products ? 0 : checked_product(block, n));
+    Buffer<uint32_t> ids(memory, checked_product(n, capacity)), none(memory, block / 32 + 2, 0u);
+    Buffer<Candidates> candidates(memory, n);
+    for (size_t i = 0; i < n; ++i) candidates[i] = {&scores[i * capacity], &ids[i * capacity], 0, -std::numeric_limits<float>::infinity()};
+    const float zero[64] = {};
+
+    // Each row must see the items by rising id. So at block J, first all earlier rows see J's, then J's rows see the earlier ones, then J's.
+    for (size_t j0 = 0; j0 < n; j0 += block) {
+        const size_t here = std::min(block, n - j0);
+        float *const strip = p.products ? p.products + j0 * n : own.data();  // J's rows, n apart
+        for (size_t j = 0; j < here; j += width) {
+            const float *item[64];
+            for (size_t v = 0; v < width; ++v) item[v] = p.x + std::min(j0 + j + v, n - 1) * d;
+            kernels.pack(item, d, &panels[j * d]);
+        }
+        // The products of rows [first, first + count) with J's, (count, block).
+        const auto multiply = [&](size_t first, size_t count, float *to) {
+            float tile[8 * 64];
+            for (size_t j = 0; j < here; j += width) {
+                kernels.tile(&panels[j * d], zero, p.x + first * d, count, d, tile);
+                for (size_t r = 0; r < count; ++r) std::copy_n(tile + r * width, width, to + r * block + j);
+            }
+        };
+        team.run((j0 + block - 1) / block, [&](size_t b) {
+            Buffer<float> part(memory, kernels.rows * block);
+            Buffer<uint32_t> found(memory, block);
+            for (size_t i = b * block; i < (b + 1) * block; i += kernels.rows) {
+                const size_t count = std::min(kernels.rows, (b + 1) * block - i);
+                multiply(i, count, part.data());
+                for (size_t j = 0; j < here; ++j)
+                    for (size_t r = 0; r < count; ++r) strip[j * n + i + r] = part[r * block + j];
+                for (size_t r = 0; r < count; ++r) {
+                    absorb(p, candidates[i + r], capacity, &part[r * block], j0, here, none.data(), found.data());
+                    if (p.products) std::copy_n(&part[r * block], here, p.products + (i + r) * n + j0);
+                }
+            }
+        });
+        team.run((here + kernels.rows - 1) / kernels.rows, [&](size_t q) {
+            Buffer<float> part(memory, kernels.rows * block);
+            Buffer<uint32_t> found(memory, block);
+            const size_t first = q * kernels.rows, count = std::min(kernels.rows, here - first);
+            multiply(j0 + first, count, part.data());
+            for (size_t r = 0; r < count; ++r) {
+                Candidates &mine = candidates[j0 + first + r];
+                for (size_t i = 0; i < j0; i += block) absorb(p, mine, capacity, strip + (first + r) * n + i, i, block, none.data(), found.data());
+                absorb(p, mine, capacity, &part[r * block], j0, here, none.data(), found.data());
+                if (p.products) std::copy_n(&part[r * block], here, p.products + (j0 + first + r) * n + j0);
+            }
+        });
+    }
+    team.run((n + block - 1) / block, [&](size_t b) {
+        Buffer<RankKey> keys(memory, capacity);
+        for (size_t i = b * block; i < std::min(n, (b + 1) * block); ++i) {
+            Candidates &mine = candidates[i];
+            shrink(mine, p.wanted, capacity, kernels);
+            for (size_t j = 0; j < mine.count; ++j) keys[j] = rank_key(mine.scores[j], mine.ids[j]);
+            std::sort(keys.begin(), keys.begin() + mine.count, std::greater<RankKey>());
+            p.result(i, keys.data(), std::min(mine.count, p.wanted));
+        }
+    });
 }
 
 float largest_magnitude(const float *values, size_t rows, size_t columns, const char *what) {

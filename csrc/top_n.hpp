@@ -49,6 +49,24 @@ struct TopNProblem {
 // Returns the largest magnitude among the items packed on the way; infinity or NaN if one is not finite, and then the results mean nothing.
 float top_n(const TopNProblem &problem, Team &team, Memory &memory);
 
+// For each of n rows the `wanted` rows with the highest inner product plus bias, itself included. Each product is computed once for
+// both its rows.
+struct AllPairs {
+    const ScoreKernels *kernels;
+    const float *x;     // (n, d)
+    size_t n, d;
+    const float *bias;  // (n)
+    size_t wanted;
+    float *products;    // (n, n) to keep all inner products in, or nullptr
+
+    // The result for a row, best first; once per row, on worker threads. Its products are complete then.
+    std::function<void(size_t row, const RankKey *keys, size_t count)> result;
+};
+void nearest_of_all(const AllPairs &problem, Team &team, Memory &memory);
+
+// Bytes of work memory for each row of `nearest_of_all`.
+size_t bytes_per_row(size_t wanted);
+
 // Fails unless all values are finite; returns their largest magnitude. `what` names the array in the message.
 float largest_magnitude(const float *values, size_t rows, size_t columns, const char *what);
 

@@ -31,14 +31,15 @@ SERVING_BEGIN, SERVING_END = "<!-- serving: python data/make_results.py -->", "<
 # csrc/bench's columns as the README shows them: header, format.
 CORE = {
     "affinity_propagation": ("Affinity propagation, seconds per iteration", {
-        "points": ("points", "d"), "quantile": ("preference, quantile of the similarities", "g"), "clusters": ("clusters", "d"),
-        "eimf s/iteration": ("eimf", ".4f"), "scikit-learn s/iteration": ("scikit-learn", ".3f"), "ratio": ("ratio", ".0f"),
+        "points": ("points", "d"), "threads": ("threads", "d"), "quantile": ("preference, quantile of the similarities; above 1: times the lowest", "g"),
+        "clusters": ("clusters", "d"), "eimf s/iteration": ("eimf", ".4f"), "scikit-learn s/iteration": ("scikit-learn", ".3f"), "ratio": ("ratio", ".0f"),
         "fit ratio": ("whole fit, ratio", ".0f"), "eimf MiB": ("eimf MiB", "d"), "memory ratio": ("memory, ratio", ".0f")}),
     "scoring": ("Top 50 of the maximum over K = 4 interests, D = 64, users per second", {
-        "items": ("items", "d"), "eimf users/s": ("eimf", ".0f"), "NumPy users/s": ("NumPy", ".0f"), "torch users/s": ("torch", ".0f"),
-        "faiss users/s": ("faiss", ".0f"), "share of peak": ("eimf, share of peak", ".0%"), "one user, prepared, ms": ("one user alone, ms", ".2f")}),
+        "items": ("items", "d"), "threads": ("threads", "d"), "eimf users/s": ("eimf", ".0f"), "NumPy users/s": ("NumPy", ".0f"),
+        "torch users/s": ("torch", ".0f"), "faiss users/s": ("faiss", ".0f"), "share of peak": ("eimf, share of peak", ".0%"),
+        "one user, prepared, ms": ("one user alone, ms", ".2f")}),
     "hnsw": ("HNSW at a recall of at least .99 beside the exact kernel", {
-        "items": ("items", "d"), "ef": ("ef", "d"), "recall": ("recall", ".3f"), "hnsw users/s": ("HNSW users/s", ".0f"),
+        "items": ("items", "d"), "threads": ("threads", "d"), "ef": ("ef", "d"), "recall": ("recall", ".3f"), "hnsw users/s": ("HNSW users/s", ".0f"),
         "exact users/s": ("exact users/s", ".0f"), "hnsw, one user, ms": ("one user, HNSW ms", ".2f"), "exact, one user, ms": ("one user, exact ms", ".2f")}),
 }
 
@@ -76,7 +77,7 @@ def render_core(path):
         title, columns = CORE[name]
         machine, rows = found[name]["machine"], found[name]["rows"]
         cells = [[format(row[c], style) if row.get(c) is not None else "" for c, (_, style) in columns.items()] for row in rows]
-        how = (f"{machine['cpu']}, {machine['kernel']}, {machine['threads']} thread{'s' * (machine['threads'] > 1)}, {machine['clock']} clock, "
+        how = (f"{machine['cpu']}, {machine['kernel']}, {machine['clock']} clock, "
                f"medians of {machine['rounds']}, peak {machine['fma_gflops']:.0f} GFLOP/s and {machine['memory_gbs']:.0f} GB/s, "
                f"load {machine['load']} at the start")
         parts.append(f"**{title}** ({how})\n\n" + markdown_table([header for header, _ in columns.values()], cells))

@@ -98,7 +98,7 @@ Clusters cluster(const std::vector<float> &x, size_t n, double preference, const
 
 void check_affinity_propagation(size_t points) {
     const std::vector<float> x = blobs(points, 6, 12, 3);
-    for (const double preference : {-20.0, -300.0, -20000.0}) {  // short lists; longer ones; explicit messages
+    for (const double preference : {-20.0, -300.0, -20000.0}) {  // short lists; the matrix of similarities; one cluster
         eimf_ap_options options = eimf_ap_defaults();
         options.damping = 0.8;
         options.max_iter = 400;

@@ -13,8 +13,8 @@ Points: a mixture of clusters on the unit sphere in 384 dimensions, like text ve
 speed does not depend on them. Items for HNSW: a mixture in 16 of 64 dimensions with noise in all, or --item-vectors FILE.npy, as a graph's
 speed does depend on them. Peaks (multiply-adds, memory) are measured by bench.cpp, which is compiled for that.
 
-Prints Markdown tables; --json FILE takes the figures for data/make_results.py. A table that is not asked for (--items with no number, say)
-stays in the file as it was.
+Prints Markdown tables; --json FILE takes the figures for data/make_results.py. What is not measured (--items with no number, say, or another
+number of threads) stays in the file as it was.
 """
 import argparse
 import gc
@@ -33,6 +33,7 @@ import warnings
 from pathlib import Path
 
 CSRC = Path(__file__).resolve().parents[1]
+KEYS = ("points", "items", "threads", "quantile")  # what tells one row of a table from another
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
@@ -42,8 +43,8 @@ def parse_arguments(argv):
     parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--users", type=int, nargs="*", default=[4905, 14_681, 22_363], help="numbers of points for affinity propagation")
-    parser.add_argument("--preferences", type=float, nargs="*", default=[0.5, 0.1, 0.01, 0],
-                        help="quantiles of the similarities; lower gives fewer clusters")
+    parser.add_argument("--preferences", type=float, nargs="*", default=[0.5, 0.1, 0.01, 0, 5],
+                        help="quantiles of the similarities, or above 1 so many times the lowest one; lower preferences give fewer clusters")
     parser.add_argument("--damping", type=float, default=0.5)
     parser.add_argument("--vectors", help="float32 (n, d) .npy file to take the points from")
     parser.add_argument("--fit-below", type=int, default=6000, help="time scikit-learn's whole fit up to so many points")
@@ -141,11 +142,11 @@ def core_run(x, preference):
 
 
 def memory_of(who, x, preference):
-    """MiB that a run adds to a process that holds the points already, from a process of its own."""
+    """MiB that a run adds to a process that holds its input already, from a process of its own."""
     with tempfile.NamedTemporaryFile(suffix=".npy") as file:
         np.save(file.name, x)
         command = [sys.executable, __file__, "--memory-of", who, file.name, repr(preference), "--threads", str(args.threads), "--damping", str(args.damping)]
-        return round(float(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+        return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def most_memory():
@@ -157,17 +158,21 @@ def most_memory():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1 << 10)
 
 
-def run_for_memory(who, path, preference):
-    x = np.load(path, allow_pickle=False)
+def run_for_memory(who, path, number):
+    x, number = np.load(path, allow_pickle=False), float(number)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the most so far starts anew
+    except OSError:
+        pass
     before = most_memory()
     if who == "eimf":
-        core_run(x, float(preference))
+        core_run(x, number)
     else:
-        sklearn_run(sklearn_similarities(x), float(preference), 2, copy=False)
+        sklearn_run(sklearn_similarities(x), number, 2, copy=False)
     print(most_memory() - before)
 
 
-def bench_affinity_propagation(bandwidth):
+def bench_affinity_propagation():
     rows = []
     for n in args.users:
         x = points(n)
@@ -177,7 +182,7 @@ def bench_affinity_propagation(bandwidth):
         sklearn_memory = memory_of("sklearn", x, -1.0)
         few, many = (2, 12) if n <= args.fit_below else (2, 4)
         for quantile in args.preferences:
-            preference = float(np.quantile(off_diagonal, quantile))
+            preference = float(np.quantile(off_diagonal, quantile)) if quantile <= 1 else float(quantile * off_diagonal.min())
             runs = []
 
             def ours(preference=preference, runs=runs, x=x):
@@ -189,17 +194,14 @@ def bench_affinity_propagation(bandwidth):
 
             median = interleaved({"eimf": ours, "sklearn": theirs}, rounds=args.rounds if n <= args.fit_below else min(args.rounds, 3))
             fit, result = statistics.median(r[1] for r in runs), runs[0][2]
-            row = {"points": len(x), "quantile": quantile, "preference": preference, "clusters": len(result.exemplars), "converged": result.converged,
+            row = {"points": len(x), "quantile": quantile, "threads": args.threads, "preference": preference, "clusters": len(result.exemplars), "converged": result.converged,
                    "eimf s/iteration": median["eimf"], "scikit-learn s/iteration": median["sklearn"], "ratio": median["sklearn"] / median["eimf"],
-                   "eimf fit s": fit, "scikit-learn fit s": None, "fit ratio": None, "eimf MiB": memory_of("eimf", x, preference),
-                   "scikit-learn MiB": sklearn_memory}
+                   "eimf fit s": fit, "scikit-learn fit s": None, "fit ratio": None, "eimf MiB": round(memory_of("eimf", x, preference)),
+                   "scikit-learn MiB": round(sklearn_memory)}
             row["memory ratio"] = row["scikit-learn MiB"] / max(1, row["eimf MiB"])
             if n <= args.fit_below:
-                row["scikit-learn fit s"] = timed(lambda p=preference, s=similarities: sklearn_run(s, p, 200))
+                row["scikit-learn fit s"] = timed(lambda p=preference, x=x: sklearn_run(sklearn_similarities(x), p, 200))
                 row["fit ratio"] = row["scikit-learn fit s"] / fit
-            # Explicit messages: 20 n^2 bytes an iteration.
-            explicit = result.peak_bytes > 8 * n * n
-            row["share of memory bandwidth"] = 20 * n * n / median["eimf"] / bandwidth / 1e9 if explicit else None
             rows.append(row)
             print(row, file=sys.stderr, flush=True)
     if rows:
@@ -264,9 +266,10 @@ def bench_top_n(peak, n=50, k=4, d=64):
                 eimf_core.top_n(one, given, n, n_threads=1)
                 single[name].append(1e3 * (clock() - start))
         gflops = 2 * batch * k * d * n_items / median["eimf"] / 1e9
-        rows.append({"items": n_items, "batch": batch} | {f"{name} users/s": batch / seconds for name, seconds in median.items()}
+        rows.append({"items": n_items, "threads": args.threads, "batch": batch} | {f"{name} users/s": batch / seconds for name, seconds in median.items()}
                     | {f"times {name}": median[name] / median["eimf"] for name in ("NumPy", "torch", "faiss") if name in median}
-                    | {"GFLOP/s": gflops, "share of peak": gflops / (peak * args.threads)} | {name: statistics.median(values) for name, values in single.items()})
+                    | {"GFLOP/s": gflops, "share of peak": gflops / (peak * args.threads),
+                       "share of peak, prepared": gflops * median["eimf"] / median["eimf, prepared"] / (peak * args.threads)} | {name: statistics.median(values) for name, values in single.items()})
         print(rows[-1], file=sys.stderr, flush=True)
     if rows:
         table(f"Top {n} of the maximum over K = {k}, D = {d}", list(rows[0]), rows)
@@ -290,7 +293,7 @@ def bench_hnsw(n=50, k=4, d=64, users=256, enough=0.99):
         prepared, truth = eimf_core.Items(items), eimf_core.top_n(interests, items, n, n_threads=args.threads)[0]
         index = hnswlib.Index(space="ip", dim=items.shape[1])
         index.init_index(max_elements=len(items), M=16, ef_construction=200, random_seed=0)
-        build = timed(lambda: index.add_items(items, num_threads=args.threads))
+        build = timed(lambda index=index, items=items: index.add_items(items, num_threads=args.threads))
 
         def search(queries, threads, index=index, items=items):
             """Each interest's n, merged: the best n of the union by the maximum over interests."""
@@ -309,12 +312,12 @@ def bench_hnsw(n=50, k=4, d=64, users=256, enough=0.99):
             recall = float(np.mean([len(np.intersect1d(a, b)) / n for a, b in zip(found, truth)]))
             if recall >= enough:
                 break
-        contenders = {"hnsw": lambda: timed(lambda: search(interests, args.threads)),
-                      "exact": lambda: timed(lambda: eimf_core.top_n(interests, items, n, n_threads=args.threads)),
-                      "hnsw, one user": lambda: timed(lambda: [search(interests[u:u + 1], 1) for u in range(32)]) / 32,
-                      "exact, one user": lambda: timed(lambda: [eimf_core.top_n(interests[u:u + 1], prepared, n, n_threads=1) for u in range(32)]) / 32}
+        contenders = {"hnsw": lambda q=interests, f=search: timed(lambda: f(q, args.threads)),
+                      "exact": lambda q=interests, t=items: timed(lambda: eimf_core.top_n(q, t, n, n_threads=args.threads)),
+                      "hnsw, one user": lambda q=interests, f=search: timed(lambda: [f(q[u:u + 1], 1) for u in range(32)]) / 32,
+                      "exact, one user": lambda q=interests, t=prepared: timed(lambda: [eimf_core.top_n(q[u:u + 1], t, n, n_threads=1) for u in range(32)]) / 32}
         median = interleaved(contenders)
-        rows.append({"items": len(items), "ef": ef, "recall": recall, "build s": build, "hnsw users/s": users / median["hnsw"], "exact users/s": users / median["exact"],
+        rows.append({"items": len(items), "threads": args.threads, "ef": ef, "recall": recall, "build s": build, "hnsw users/s": users / median["hnsw"], "exact users/s": users / median["exact"],
                      "exact / hnsw": median["hnsw"] / median["exact"], "hnsw, one user, ms": 1e3 * median["hnsw, one user"],
                      "exact, one user, ms": 1e3 * median["exact, one user"], "exact / hnsw, one user": median["hnsw, one user"] / median["exact, one user"]})
         print(rows[-1], file=sys.stderr, flush=True)
@@ -344,13 +347,14 @@ def main():
     machine = peaks() | {"cpu": processor(), "kernel": eimf_core.kernels()[-1], "threads": args.threads, "clock": args.clock, "rounds": args.rounds,
                          "load": round(os.getloadavg()[0], 1), "versions": {p: version(p) for p in ("eimf-core", "numpy", "scikit-learn", "torch", "faiss-cpu", "hnswlib")}}
     print(machine)
-    for name, bench in (("affinity_propagation", lambda: bench_affinity_propagation(machine["memory_gbs"])),
+    for name, bench in (("affinity_propagation", bench_affinity_propagation),
                         ("scoring", lambda: bench_top_n(machine["fma_gflops"])), ("hnsw", bench_hnsw)):
         rows = bench()
         if rows and args.json:
             kept = json.loads(args.json.read_text(encoding="utf-8")) if args.json.is_file() else {}
+            merged = {tuple(row.get(key) for key in KEYS): row for row in kept.get(name, {}).get("rows", []) + rows}
             args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps(kept | {name: {"machine": machine, "rows": rows}}, indent=2) + "\n", encoding="utf-8")
+            args.json.write_text(json.dumps(kept | {name: {"machine": machine, "rows": list(merged.values())}}, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
