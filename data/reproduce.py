@@ -136,10 +136,10 @@ def tasks_of(runs, args, answers):
             prepare(dataset, "file-order", "", False, 0)
     for run, (rank, _) in runs.items():
         before = prepare(run.dataset, run.split, run.variant, run.model in NEED_TEXT, rank)
-        train = ["stages/06_train.py", "--dataset", run.folder, "--run", run.name, *shlex.split(MODELS[run.model]),
-                 *shlex.split(VARIANTS[run.variant][2]), "--seed", str(run.seed)]
+        train = ["stages/06_train.py", "--dataset", run.folder, "--run", run.name, *shlex.split(args.train_args), *shlex.split(MODELS[run.model]),
+                 *shlex.split(VARIANTS[run.variant][2]), "--seed", str(run.seed)]  # the model's own flags win
         tasks[run.folder, run.name] = Task(
-            run.folder, run.name, [train + shlex.split(args.train_args), ["stages/07_evaluate.py", "--dataset", run.folder, "--run", run.name]],
+            run.folder, run.name, [train, ["stages/07_evaluate.py", "--dataset", run.folder, "--run", run.name]],
             run.dataset, rank, run, [before])
     return list(tasks.values())
 
