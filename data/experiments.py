@@ -27,7 +27,7 @@ MODELS = {b: f"--backbone {b}" for b in (*BASELINES, *OTHERS)}
 MODELS |= {f"{b}-eimf": f"--backbone {b} --eimf" for b in (*TAUGHT, *MORE_TAUGHT)}
 MODELS |= {m: f"--backbone remi --eimf --control {m.removeprefix('remi-eimf-')}" for m in CONTROLS}
 MODELS |= {m: f"--backbone remi --eimf --{m.removeprefix('remi-eimf-')}" for m in ABLATIONS}
-MODELS |= {m: MODELS[m.replace("-best", "")] + " --recipe best" for m in BEST}
+MODELS |= {m: MODELS[m.replace("-best", "")] + " --recipe best --text-dim 0" for m in BEST}
 NEED_TEXT = {m for m, flags in MODELS.items() if "--eimf" in flags} | {"llm2bert4rec", "remi-best"}  # stages 02-05 come first
 
 # Variant -> arguments of stages 03 and 04 in place of the main ones, and further ones of 06. The main variant, "", has 3 % typical users (stage 03's
