@@ -1,33 +1,26 @@
-"""Write the README's results block from measured summaries.
+"""Write the README's blocks of measured results.
 
-    python data/make_results.py            # copies data/<data set>/07_evaluate/summary.json to data/results/ and renders
-    python data/make_results.py --check    # exits 1 if the README's block is not what data/results/ gives
+    python data/make_results.py            # writes them
+    python data/make_results.py --check    # exits 1 if they are not what data/results/ gives
 
-Reads   data/<data set>/07_evaluate/summary.json of the data sets below, where they exist
-        data/results/core.json, which csrc/bench/bench.py --json writes; llm.json, of tests/measure_llm_throughput.py --out;
-        serving.json, of tests/measure_serving.py
-Writes  data/results/<data set>.json, and the blocks of README.md between the two `results` and, if it has them, the `core`, `llm` and
-        `serving` markers
+Reads   data/results/numbers.json, which bash run_all.sh --reproduce --publish writes; core.json, of csrc/bench/bench.py --json; llm.json, of
+        tests/measure_llm_throughput.py --out; serving.json, of tests/measure_serving.py; training.json, of tests/bench_training.py
+Writes  the blocks of README.md between the markers of the same names; `results` is that of numbers.json
 """
 import argparse
 import json
-import shutil
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "stages"))
+sys.path[:0] = [str(ROOT / "stages"), str(ROOT / "data")]
 
-from eimf.published import PUBLISHED  # noqa: E402
-from eimf.report import markdown_table  # noqa: E402
+from eimf.report import markdown_table, p_value  # noqa: E402
+from experiments import CONTROLS  # noqa: E402
 
-DATASETS = {"Beauty-file-order": "Beauty", "Office_Products-file-order": "Office", "Beauty": "Beauty", "Office_Products": "Office"}
-COLUMNS = {"recall@20": "R@20", "recall@50": "R@50", "ndcg@20": "NDCG@20", "ndcg@50": "NDCG@50", "hr@20": "HR@20", "hr@50": "HR@50"}
-ORDER = ("pop", *(recipe + model for recipe in ("remi", "remi-best") for model in ("", "-eimf", "-eimf-random-text", "-eimf-shuffled-clusters")))
-BEGIN, END = "<!-- results: python data/make_results.py -->", "<!-- end of results -->"
-LLM_BEGIN, LLM_END = "<!-- llm: python data/make_results.py -->", "<!-- end of llm -->"
-CORE_BEGIN, CORE_END = "<!-- core: python data/make_results.py -->", "<!-- end of core -->"
-SERVING_BEGIN, SERVING_END = "<!-- serving: python data/make_results.py -->", "<!-- end of serving -->"
+COLUMNS = {"recall@20": "R@20", "recall@50": "R@50", "ndcg@50": "NDCG@50", "hr@20": "HR@20", "hr@50": "HR@50"}
+MODELS = ("pop", "remi", "remi-eimf", *CONTROLS, "remi-best", "remi-best-eimf")
+SAID = [*(("remi-eimf", b) for b in ("remi", *CONTROLS)), ("remi-best", "remi"), ("remi-best-eimf", "remi-best")]  # comparisons in words
 # csrc/bench's columns as the README shows them: header, format.
 CORE = {
     "affinity_propagation": ("Affinity propagation, seconds per iteration", {
@@ -44,30 +37,28 @@ CORE = {
 }
 
 
-def render(folder):
-    """The results as Markdown, from the JSON files in `folder`."""
-    parts = []
-    for dataset, paper in DATASETS.items():
-        path = folder / f"{dataset}.json"
-        if not path.is_file():
+def render(path):
+    """The main results of the reproduction as Markdown."""
+    found, parts = json.loads(path.read_text(encoding="utf-8")), []
+    for place in [(d, split) for split in ("file-order", "random") for d in found["datasets"]]:
+        models = {m["model"]: m for m in found["models"] if (m["dataset"], m["split"], m["variant"]) == (*place, "")}
+        published, rows = found["datasets"][place[0]]["published"] if place[1] == "file-order" else {}, []
+        for name in [name for name in MODELS if name in models]:
+            metrics = models[name]["metrics"]
+            rows.append([name, str(len(models[name]["seeds"])), *(
+                f"{metrics[c]['mean']:.4f}" + (f" ± {metrics[c]['sd']:.4f}" if metrics[c]["sd"] is not None else "") for c in COLUMNS)])
+            if name in published:
+                rows.append([f"*paper, {name}*", "", *(f"*{published[name][c]:.4f}*" if c in published[name] else "" for c in COLUMNS)])
+        if not rows:
             continue
-        summary = json.loads(path.read_text(encoding="utf-8"))
-        rows = []
-        for model in [m for m in ORDER if m in summary["models"]]:
-            entry = summary["models"][model]
-            cells = [f"{entry['mean'][c]:.4f}" + (f" ± {entry['sd'][c]:.4f}" if entry["sd"][c] is not None else "") for c in COLUMNS]
-            rows.append([model, str(len(entry["seeds"])), *cells])
-            if summary["split"] == "file-order" and model in PUBLISHED[paper]:
-                values = PUBLISHED[paper][model]
-                row = dict(zip(("recall@20", "recall@50", "hr@20", "hr@50"), values))
-                rows.append([f"*paper, {model}*", "", *(f"*{row[c]:.4f}*" if c in row else "" for c in COLUMNS)])
-        parts.append(f"**{paper}, {summary['split']} split**\n\n" + markdown_table(["model", "seeds", *COLUMNS.values()], rows))
-        for d in summary["differences"]:
-            verdict = "better" if d["low"] > 0 else "worse" if d["high"] < 0 else "no significant difference"
-            parts.append(f"- {d['model']} against {d['against']}, R@50: {d['recall@50']:+.4f} (95 % interval {d['low']:+.4f} to "
-                         f"{d['high']:+.4f}, paired by user, {d['seeds']} seeds): **{verdict}**.")
-    text = "\n\n".join(parts)
-    return text.replace("**.\n\n- ", "**.\n- ")
+        said = []
+        for c in found["comparisons"]:
+            if c["family"] in ("help", "best") and (c["dataset"], c["split"]) == place and not c["a"][0] and (c["a"][1], c["b"][1]) in SAID and not c["b"][0]:
+                over_seeds = f", over seeds {p_value(c['p_seeds_holm'])}" if c["p_seeds_holm"] is not None else ""
+                said.append(f"- {c['a'][1]} against {c['b'][1]}, R@50: {c['gain']:+.4f} (95 % interval {c['low']:+.4f} to {c['high']:+.4f}; {c['seeds']} seed{'s' * (c['seeds'] > 1)}; "
+                            f"over users {p_value(c['p_users_holm'])}{over_seeds}): **{c['verdict']}**.")
+        parts.append("\n\n".join([f"**{place[0]}, {place[1]} split**", markdown_table(["model", "seeds", *COLUMNS.values()], rows), *["\n".join(said)] * bool(said)]))
+    return "\n\n".join([*parts, found["headline"]])
 
 
 def render_core(path):
@@ -127,30 +118,19 @@ def replaced(text, begin, end, block):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--data-dir", type=Path, default=ROOT / "data", help="folder that holds all data sets")
     parser.add_argument("--check", action="store_true", help="change nothing, exit 1 if the README is not up to date")
     args = parser.parse_args(argv)
-    results, readme = ROOT / "data" / "results", ROOT / "README.md"
-    if not args.check:
-        results.mkdir(exist_ok=True)
-        for dataset in DATASETS:
-            source = args.data_dir / dataset / "07_evaluate" / "summary.json"
-            if source.is_file():
-                shutil.copyfile(source, results / f"{dataset}.json")
-                print(f"copied {source}")
-    text = readme.read_text(encoding="utf-8")
-    updated = replaced(text, BEGIN, END, render(results))
-    if CORE_BEGIN in text or CORE_END in text:
-        updated = replaced(updated, CORE_BEGIN, CORE_END, render_core(results / "core.json"))
-    if LLM_BEGIN in text or LLM_END in text:
-        updated = replaced(updated, LLM_BEGIN, LLM_END, render_llm(results / "llm.json"))
-    if SERVING_BEGIN in text or SERVING_END in text:
-        updated = replaced(updated, SERVING_BEGIN, SERVING_END, render_serving(results / "serving.json"))
+    readme = ROOT / "README.md"
+    text = updated = readme.read_text(encoding="utf-8")
+    for name, (file, block) in BLOCKS.items():
+        updated = replaced(updated, f"<!-- {name}: python data/make_results.py -->", f"<!-- end of {name} -->", block(ROOT / "data" / "results" / file))
     if args.check:
         sys.exit(0 if updated == text else "error: README.md differs from data/results; run python data/make_results.py")
     readme.write_text(updated, encoding="utf-8")
     print(f"wrote the blocks of {readme}")
 
+
+BLOCKS = {"results": ("numbers.json", render), "core": ("core.json", render_core), "llm": ("llm.json", render_llm), "serving": ("serving.json", render_serving)}
 
 if __name__ == "__main__":
     main()

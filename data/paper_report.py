@@ -11,7 +11,7 @@ import shutil
 import matplotlib.pyplot as plt
 
 from eimf.artifacts import atomic, save_json
-from eimf.report import COLOURS, figure, html_page, markdown_table
+from eimf.report import COLOURS, figure, html_page, markdown_table, p_value
 from experiments import ABLATIONS, BASELINES, BEST, CONTROLS, MORE_TAUGHT, NAMES, OTHERS, PREFERENCES, TAUGHT, folder_of
 
 LABELS = {"pop": "Pop", "dnn": "DNN", "gru4rec": "GRU4Rec", "sasrec": "SASRec", "bert4rec": "BERT4Rec", "llm2bert4rec": "LLM2BERT4Rec",
@@ -75,12 +75,6 @@ def signed(value):
 
 def interval(low, high):
     return f"[{signed(low)}, {signed(high)}]"
-
-
-def p_value(p):
-    if p is None:
-        return "not testable"
-    return "p < .0001" if p < .0001 else "p = " + (f"{p:.2f}" if p >= .1 else f"{p:.2g}" if p < .001 else f"{p:.3f}").replace("0.", ".", 1)
 
 
 def p_values(c):
@@ -484,7 +478,7 @@ def write(args, numbers, results):
     folder, title = args.data_dir / "reproduction", "The paper, reproduced and tested"
     folder.mkdir(parents=True, exist_ok=True)
     found = blocks(numbers)
-    save_json(folder / "numbers.json", numbers)
+    save_json(folder / "numbers.json", numbers | {"headline": found[0][1]})
     for ending, text in (("md", to_markdown(title, found)), ("html", to_html(title, found))):
         with atomic(folder / f"report.{ending}") as file:
             file.write(text)

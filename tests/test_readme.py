@@ -33,85 +33,79 @@ def test_the_sample_files_of_the_layout_exist(root):
         assert list(root.glob(f"*/{name}")), f"README names {name}"
 
 
-def test_make_results_renders_and_checks(root, tmp_path, run_script, load_script):
-    """A changed number is noticed, and the verdict follows the interval."""
-    module = load_script("data/make_results.py")
-    entry = {"seeds": [0, 1], "mean": dict.fromkeys(module.COLUMNS, .25), "sd": dict.fromkeys(module.COLUMNS, .01)}
-    difference = {"model": "remi-eimf", "against": "remi", "recall@50": .02, "low": .01, "high": .03, "seeds": 2}
-    summary = {"split": "file-order", "models": {"remi": entry, "remi-eimf": entry}, "differences": [difference]}
-    module.ROOT = tmp_path
-    (tmp_path / "README.md").write_text(f"a\n{module.BEGIN}\nold\n{module.END}\nz\n")
-    (tmp_path / "data" / "results").mkdir(parents=True)
-    source = tmp_path / "data" / "Beauty-file-order" / "07_evaluate"
-    source.mkdir(parents=True)
-    (source / "summary.json").write_text(module.json.dumps(summary))
-    module.main(["--data-dir", str(tmp_path / "data")])
-    text = (tmp_path / "README.md").read_text()
-    assert "| remi-eimf | 2 | 0.2500 ± 0.0100 |" in text and "*paper, remi-eimf*" in text and "**better**" in text
-    assert text.startswith("a\n") and text.endswith("z\n") and "old" not in text
-    for low, high, verdict in ((-.01, .03, "no significant difference"), (-.03, -.01, "worse")):
-        difference |= {"low": low, "high": high}
-        (tmp_path / "data/results/Beauty-file-order.json").write_text(module.json.dumps(summary))
-        assert f"**{verdict}**" in module.render(tmp_path / "data/results")
-    with pytest.raises(SystemExit) as stop:
-        module.main(["--check"])
-    assert "differs" in str(stop.value.code)
-
-
-def test_make_results_renders_the_cores_speed(tmp_path, load_script):
+@pytest.fixture
+def make_results(tmp_path, load_script):
+    """Write figures into one block of a README: call(name, figures) -> its text; call.check() -> what --check exits with."""
     module = load_script("data/make_results.py")
     module.ROOT = tmp_path
     (tmp_path / "data/results").mkdir(parents=True)
+
+    def call(name, figures):
+        module.BLOCKS = {name: module.BLOCKS[name]} if name in module.BLOCKS else module.BLOCKS
+        (tmp_path / "data/results" / module.BLOCKS[name][0]).write_text(json.dumps(figures))
+        (tmp_path / "README.md").write_text(f"a\n<!-- {name}: python data/make_results.py -->\nold\n<!-- end of {name} -->\nz\n")
+        module.main([])
+        text = (tmp_path / "README.md").read_text()
+        assert text.startswith("a\n") and text.endswith("z\n") and "old" not in text
+        return text
+
+    def check():
+        with pytest.raises(SystemExit) as stop:
+            module.main(["--check"])
+        return stop.value.code
+
+    call.check, call.columns = check, module.COLUMNS
+    return call
+
+
+def test_make_results_renders_and_checks(make_results, tmp_path):
+    """A row a model, the paper's beside it, what was compared with its verdict; a changed number is noticed."""
+    def entry(model, split="file-order", variant="", seeds=(0, 1)):
+        metrics = dict.fromkeys(make_results.columns, {"mean": .25, "sd": .01 if len(seeds) > 1 else None})
+        return {"model": model, "dataset": "Beauty", "split": split, "variant": variant, "seeds": list(seeds), "metrics": metrics}
+
+    gain = {"family": "help", "dataset": "Beauty", "split": "file-order", "a": ["", "remi-eimf"], "b": ["", "remi"], "gain": .02, "low": .01, "high": .03,
+            "seeds": 2, "p_users_holm": .003, "p_seeds_holm": .04, "verdict": "better"}
+    numbers = {"headline": "EIMF helps here.", "datasets": {"Beauty": {"published": {"remi-eimf": {"recall@50": .3636}}}},
+               "models": [entry("remi", seeds=[0]), entry("remi-eimf"), entry("remi-eimf", variant="phrases"), entry("remi", "random")],
+               "comparisons": [gain, gain | {"b": ["phrases", "remi-eimf"], "verdict": "worse"}]}
+    text = make_results("results", numbers)
+    assert "| remi | 1 | 0.2500 | 0.2500 |" in text and "| remi-eimf | 2 | 0.2500 ± 0.0100 |" in text and "| *paper, remi-eimf* |  |  | *0.3636* |" in text
+    assert "**Beauty, file-order split**" in text and "**Beauty, random split**" in text and text.count("*paper") == 1
+    assert ("- remi-eimf against remi, R@50: +0.0200 (95 % interval +0.0100 to +0.0300; 2 seeds; over users p = .003, over seeds p = .040): "
+            "**better**.") in text and "worse" not in text
+    assert "EIMF helps here." in text and make_results.check() == 0
+    (tmp_path / "data/results/numbers.json").write_text(json.dumps(numbers).replace("0.0100", "0.0101").replace("0.25", "0.26"))
+    assert "differs" in str(make_results.check())
+
+
+def test_make_results_renders_the_cores_speed(make_results):
     machine = {"cpu": "Some CPU", "kernel": "avx2", "threads": 2, "clock": "wall", "rounds": 5, "fma_gflops": 117.4, "memory_gbs": 46.8, "load": 0.2}
     row = {"items": 12101, "eimf users/s": 14999.6, "torch users/s": None, "share of peak": .815, "one user, prepared, ms": .0866}
-    core = tmp_path / "data/results/core.json"
-    core.write_text(module.json.dumps({"scoring": {"machine": machine, "rows": [row]}}))
-    (tmp_path / "README.md").write_text(f"a\n{module.BEGIN}\n{module.END}\nb\n{module.CORE_BEGIN}\nold\n{module.CORE_END}\nz\n")
-    module.main(["--data-dir", str(tmp_path / "data")])
-    text = (tmp_path / "README.md").read_text()
-    assert "| 12101 |  | 15000 |  |  |  | 82% | 0.09 |" in text and "old" not in text and text.endswith("z\n")
+    text = make_results("core", {"scoring": {"machine": machine, "rows": [row]}})
+    assert "| 12101 |  | 15000 |  |  |  | 82% | 0.09 |" in text
     assert "Some CPU, avx2, wall clock, medians of 5, peak 117 GFLOP/s and 47 GB/s" in text
-    with pytest.raises(SystemExit) as stop:
-        module.main(["--check"])
-    assert stop.value.code == 0
-    core.write_text(core.read_text().replace("12101", "12102"))
-    with pytest.raises(SystemExit) as stop:
-        module.main(["--check"])
-    assert "differs" in str(stop.value.code)
 
 
-def test_make_results_renders_the_clients_throughput(tmp_path, load_script):
-    module = load_script("data/make_results.py")
-    module.ROOT = tmp_path
-    (tmp_path / "data/results").mkdir(parents=True)
+def test_make_results_renders_the_clients_throughput(make_results):
     figures = {"one_second_answers": {"delay": 1.0, "busy": .9512, "concurrency": 64, "requests": 5760},
                "hundred_thousand_requests": {"per_second": 978.2, "requests": 100000, "peak_memory_mib": 53.2}}
-    (tmp_path / "data/results/llm.json").write_text(module.json.dumps(figures))
-    (tmp_path / "README.md").write_text(f"{module.BEGIN}\n{module.END}\n{module.LLM_BEGIN}\nold\n{module.LLM_END}\n")
-    module.main(["--data-dir", str(tmp_path / "data")])
-    text = (tmp_path / "README.md").read_text()
-    assert "takes 1 s" in text and "95.1% busy" in text and "978 requests" in text and "100,000 of them take 53 MiB" in text and "old" not in text
+    text = make_results("llm", figures)
+    assert "takes 1 s" in text and "95.1% busy" in text and "978 requests" in text and "100,000 of them take 53 MiB" in text
 
 
-def test_make_results_renders_the_servers_speed(tmp_path, load_script):
-    module = load_script("data/make_results.py")
-    module.ROOT = tmp_path
-    (tmp_path / "data/results").mkdir(parents=True)
+def test_make_results_renders_the_servers_speed(make_results):
     machine = {"asked_per_second": 1000.0, "cpu": "Some CPU", "cores": 2, "cores_used_by_others": .01}
     load = {"rate": {"p50": 2.81, "p99": 5.36, "p99.9": 30.9, "server_cores": .62},
             "highest": {"per_second": 2989.7, "p50": 19.8, "p99": 40.0}}
     measured = {"1 worker, with reasons": load | machine, "lines": {"lines": 60000, "per_second": 14844} | machine,
                 "memory": {"minutes": 10.0, "per_second": 922.7, "requests": 553656, "errors": 0, "resident_mib": [392.6, 393.2, 393.8]} | machine}
-    figures = tmp_path / "data/results/serving.json"
-    figures.write_text(module.json.dumps({"dataset": "Beauty", "run": "remi-s0", "items": 12101, "measured": measured}))
-    (tmp_path / "README.md").write_text(f"{module.BEGIN}\n{module.END}\n{module.SERVING_BEGIN}\nold\n{module.SERVING_END}\n")
-    module.main(["--data-dir", str(tmp_path / "data")])
-    text = (tmp_path / "README.md").read_text()
-    assert "| 1 worker, with reasons | 2.8 | 5.4 | 30.9 | 0.62 | 2,990 | 20 | 40 |" in text and "p99 at 1,000/s" in text and "old" not in text
+    text = make_results("serving", {"dataset": "Beauty", "run": "remi-s0", "items": 12101, "measured": measured})
+    assert "| 1 worker, with reasons | 2.8 | 5.4 | 30.9 | 0.62 | 2,990 | 20 | 40 |" in text and "p99 at 1,000/s" in text
     assert "10 minutes at 923 requests/s (553,656 in all, 0 errors): 393 MiB early, 394 MiB in the end" in text
     assert "all 2 cores: 14,844 users" in text and "run remi-s0, 12,101 items, 2 cores (Some CPU)" in text
-    figures.write_text(module.json.dumps({"dataset": "Beauty", "run": "remi-s0", "items": 12101, "measured": {"1 worker, with reasons": load | machine}}))
-    assert "Memory" not in module.render_serving(figures) and "--lines" not in module.render_serving(figures)
+    text = make_results("serving", {"dataset": "Beauty", "run": "remi-s0", "items": 12101, "measured": {"1 worker, with reasons": load | machine}})
+    assert "Memory" not in text and "--lines" not in text
 
 
 @pytest.mark.slow
@@ -144,6 +138,8 @@ def test_every_command_runs(sample, root, tmp_path, shared):
                     run += " --collect-only -q"  # the tests cannot run themselves
                 elif run.startswith("bash run_all.sh --dataset Office"):
                     run += " --stop-stage 1"  # hours; test_pipeline runs the rest on Office
+                elif "--reproduce" in run:
+                    run += " --list"  # hours; test_reproduce runs all of it on the sample
                 elif "stages/06_train.py" in run:
                     run += " --max-iterations 200"
                 elif run == "python data/make_results.py":

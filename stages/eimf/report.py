@@ -22,6 +22,13 @@ th:first-child, td:first-child { text-align: left; } caption { text-align: left;
 """
 
 
+def p_value(p):
+    """"p = .012", None is "not testable"."""
+    if p is None:
+        return "not testable"
+    return "p < .0001" if p < .0001 else "p = " + (f"{p:.2f}" if p >= .1 else f"{p:.2g}" if p < .001 else f"{p:.3f}").replace("0.", ".", 1)
+
+
 def markdown_table(header, rows):
     """A Markdown table; cells are strings."""
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
