@@ -108,6 +108,16 @@ def render_serving(path):
     return "\n\n".join(parts)
 
 
+def render_training(path):
+    """Training speed as Markdown, from the figures of tests/bench_training.py."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    peer = {r["threads"]: r["steps_per_second"] for r in found["rates"] if r["what"].startswith("plain")}
+    rows = [[r["what"], str(r["threads"]), f"{r['steps_per_second']:.0f}", f"{r['spread'][0]:.0f} to {r['spread'][1]:.0f}",
+             f"{r['steps_per_second'] / peer[r['threads']]:.1f}"] for r in found["rates"]]
+    return (markdown_table(["training step of 128 users, Beauty's shape", "threads", "steps per second", "spread", "to the plain loop"], rows)
+            + f"\n\n{found['machine']}, torch {found['torch']}, medians of {found['rounds']} interleaved rounds.")
+
+
 def replaced(text, begin, end, block):
     """`text` with `block` between its two markers; exits unless each is there once."""
     if text.count(begin) != 1 or text.count(end) != 1:
@@ -130,7 +140,8 @@ def main(argv=None):
     print(f"wrote the blocks of {readme}")
 
 
-BLOCKS = {"results": ("numbers.json", render), "core": ("core.json", render_core), "llm": ("llm.json", render_llm), "serving": ("serving.json", render_serving)}
+BLOCKS = {"results": ("numbers.json", render), "core": ("core.json", render_core), "llm": ("llm.json", render_llm), "serving": ("serving.json", render_serving),
+          "training": ("training.json", render_training)}
 
 if __name__ == "__main__":
     main()

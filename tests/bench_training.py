@@ -1,6 +1,7 @@
 """Measure training: steps per second of stage 06, beside a plain PyTorch loop in the same run, and the cost of more items.
 
-    python tests/bench_training.py                  # data/results/training.json, which `python data/make_results.py` shows
+    python tests/bench_training.py                  # data/results/training.json, which `python data/make_results.py` shows; 6 minutes
+    python tests/bench_training.py --grow           # more items and users too, up to a million items; a quarter of an hour
     python tests/bench_training.py --items 1000000  # one size alone, printed and not saved
 
 Data sets are random, in the shape of Beauty's (17,890 training users, 12,101 items, MiniLM's 384 dimensions, 537 clusters of 16
@@ -11,7 +12,6 @@ negatives, batch 128), written as such loops usually are: users one by one in Py
 import argparse
 import json
 import os
-import platform
 import random
 import statistics
 import subprocess
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from tiny import ROOT, STAGES, finished_stage
 from torch import nn
 
-from eimf.artifacts import save_array, save_json, save_lines
+from eimf.artifacts import machine, save_array, save_json, save_lines
 
 USERS, ITEMS, TEXT, CLUSTERS, PER_CLUSTER = 22363, 12101, 384, 537, 16
 
@@ -136,6 +136,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--grow", action="store_true", help="also measure 10,000 to a million items, and ten times the users")
     parser.add_argument("--items", type=int, help="measure this number of items alone and print the rates")
     args = parser.parse_args()
     hard = ("--loss", "hard-negatives")
@@ -151,7 +152,7 @@ def main():
                 ours("EIMF(REMI), text reduced to 128", "--eimf", "--text-dim", "128"), ours("REMI, 1,280 hard negatives", *hard),
                 ("plain PyTorch loop, REMI, 1,280 hard negatives", lambda threads: plain_loop(data_dir, dataset, args.steps, threads))]
         runs = [(name, threads, job) for name, job in jobs for threads in (1, 2)]
-        if not args.items:
+        if args.grow:
             for items, users, steps in ((10_000, USERS, args.steps), (100_000, USERS, args.steps // 2), (1_000_000, USERS, args.steps // 10),
                                         (ITEMS, 10 * USERS, args.steps)):
                 grown = make_dataset(data_dir, items, users)
@@ -165,7 +166,7 @@ def main():
     rows = [{"what": name, "threads": threads, "steps_per_second": round(statistics.median(rates), 1),
              "spread": [round(min(rates), 1), round(max(rates), 1)]} for (name, threads), rates in measured.items()]
     if not args.items:
-        results = {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "torch": torch.__version__, "rounds": args.rounds, "rates": rows}
+        results = {"machine": f"{machine()['cpu']}, {os.cpu_count()} cores", "torch": torch.__version__, "rounds": args.rounds, "rates": rows}
         save_json(ROOT / "data" / "results" / "training.json", results)
 
 

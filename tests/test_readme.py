@@ -108,6 +108,13 @@ def test_make_results_renders_the_servers_speed(make_results):
     assert "Memory" not in text and "--lines" not in text
 
 
+def test_make_results_renders_the_training_speed(make_results):
+    rates = [{"what": "REMI", "threads": 1, "steps_per_second": 80.2, "spread": [79.0, 82.0]},
+             {"what": "plain PyTorch loop", "threads": 1, "steps_per_second": 20.0, "spread": [19.0, 21.0]}]
+    text = make_results("training", {"machine": "Some CPU, 2 cores", "torch": "2.13.0", "rounds": 3, "rates": rates})
+    assert "| REMI | 1 | 80 | 79 to 82 | 4.0 |" in text and "Some CPU, 2 cores, torch 2.13.0, medians of 3" in text
+
+
 @pytest.mark.slow
 def test_every_command_runs(sample, root, tmp_path, shared):
     """In order, in a copy where the sample was run; placeholders are filled in, long runs cut short where it says so."""
