@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 import pytest
-from eimf.artifacts import (Stage, UserError, argument_parser, atomic, load_array, load_json, load_lines, run, save_array,
+from eimf.artifacts import (Stage, UserError, argument_parser, atomic, load_array, load_json, load_lines, save_array,
                             save_json, save_lines, sha256)
 
 
