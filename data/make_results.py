@@ -4,7 +4,7 @@
     python data/make_results.py --check    # exits 1 if they are not what data/results/ gives
 
 Reads   data/results/numbers.json, which bash run_all.sh --reproduce --publish writes; core.json, of csrc/bench/bench.py --json; llm.json, of
-        tests/measure_llm_throughput.py --out; serving.json, of tests/measure_serving.py; training.json, of tests/bench_training.py
+        tests/measure_llm_throughput.py --out; Office_Products[-file-order].json, summary.json of stage 07 after the command in the README; serving.json, of tests/measure_serving.py; training.json, of tests/bench_training.py
 Writes  the blocks of README.md between the markers of the same names; `results` is that of numbers.json
 """
 import argparse
@@ -59,6 +59,19 @@ def render(path):
                             f"over users {p_value(c['p_users_holm'])}{over_seeds}): **{c['verdict']}**.")
         parts.append("\n\n".join([f"**{place[0]}, {place[1]} split**", markdown_table(["model", "seeds", *COLUMNS.values()], rows), *["\n".join(said)] * bool(said)]))
     return "\n\n".join([*parts, found["headline"]])
+
+
+def render_offline(folder):
+    """Office with the offline summariser's interests, from summary.json of stage 07."""
+    parts = []
+    for path in (folder / "Office_Products-file-order.json", folder / "Office_Products.json"):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        rows = [[name, str(len(entry["seeds"])), *(f"{entry['mean'][c]:.4f}" + (f" ± {entry['sd'][c]:.4f}" if entry["sd"][c] is not None else "") for c in COLUMNS)]
+                for name in MODELS if (entry := found["models"].get(name))]
+        said = [f"- {d['model']} against {d['against']}, R@50: {d['recall@50']:+.4f} (95 % interval over users {d['low']:+.4f} to {d['high']:+.4f}, {d['seeds']} seeds)."
+                for d in found["differences"]]
+        parts += [f"**Office, {found['split']} split, interests by the offline summariser**", markdown_table(["model", "seeds", *COLUMNS.values()], rows), "\n".join(said)]
+    return "\n\n".join(parts)
 
 
 def render_core(path):
@@ -140,7 +153,7 @@ def main(argv=None):
     print(f"wrote the blocks of {readme}")
 
 
-BLOCKS = {"results": ("numbers.json", render), "core": ("core.json", render_core), "llm": ("llm.json", render_llm), "serving": ("serving.json", render_serving),
+BLOCKS = {"results": ("numbers.json", render), "offline": ("", render_offline), "core": ("core.json", render_core), "llm": ("llm.json", render_llm), "serving": ("serving.json", render_serving),
           "training": ("training.json", render_training)}
 
 if __name__ == "__main__":
