@@ -154,7 +154,7 @@ public:
             fill(i, list.data(), kept, bound);
         };
         if (count == n()) return nearest_of_all({kernels_, centred_.data(), n(), d_, bias_.data(), wanted + 1, matrix, listed}, team, memory);
-        TopNProblem problem{kernels_, centred_.data(), n(), d_, bias_.data(), nullptr, count, 1, wanted + 1, nullptr, {}, {}, {}};
+        TopNProblem problem{kernels_, centred_.data(), n(), d_, bias_.data(), nullptr, count, 1, wanted + 1, nullptr, nullptr, {}, {}, {}};
         problem.rows = [&](size_t q) { return centred_.data() + static_cast<size_t>(which[q]) * d_; };
         problem.result = [&](size_t q, const RankKey *keys, const int32_t *, size_t found) { listed(which[q], keys, found); };
         top_n(problem, team, memory);

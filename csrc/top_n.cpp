@@ -26,16 +26,16 @@ void keep_above(Candidates &c, float threshold) {
     c.threshold = threshold;
 }
 
-// Raise the threshold so that little more than n candidates remain, at most `room`. Any threshold with n candidates above it is
-// right, so bisection may stop early, and it beats finding the n-th best exactly.
-void shrink(Candidates &c, size_t n, size_t room, const ScoreKernels &kernels) {
-    if (c.count <= n) return;
-    float low, high, found = c.threshold;
-    kernels.range(c.scores, c.count, &low, &high);
+// A value with n scores above it, few more if bisection soon finds one; `below` if that many are not above it. Finding the n-th best exactly
+// takes longer.
+float rough_threshold(const float *scores, size_t count, size_t n, float below, const ScoreKernels &kernels) {
+    if (count <= n) return below;
+    float low, high, found = below;
+    kernels.range(scores, count, &low, &high);
     for (int step = 0; step < 24; ++step) {
         const float middle = low + (high - low) / 2;
         if (!(middle > low && middle < high)) break;
-        const size_t above = kernels.count_above(c.scores, c.count, middle);
+        const size_t above = kernels.count_above(scores, count, middle);
         if (above >= n) {
             low = found = middle;
             if (above <= n + n / 4) break;
@@ -43,6 +43,13 @@ void shrink(Candidates &c, size_t n, size_t room, const ScoreKernels &kernels) {
             high = middle;
         }
     }
+    return found;
+}
+
+// Raise the threshold so that little more than n candidates remain, at most `room`. Any threshold with n candidates above it is right.
+void shrink(Candidates &c, size_t n, size_t room, const ScoreKernels &kernels) {
+    if (c.count <= n) return;
+    const float found = rough_threshold(c.scores, c.count, n, c.threshold, kernels);
     if (found > c.threshold) keep_above(c, found);
     if (c.count <= room) return;
     // Many equal scores: keep all above the n-th best score, and of those equal to it the first.
@@ -62,13 +69,17 @@ void shrink(Candidates &c, size_t n, size_t room, const ScoreKernels &kernels) {
     c.threshold = last;  // items come by rising id, so a later one with this score ranks behind the n kept
 }
 
-// One block of users: its query rows should fit the L2 cache; candidates are touched rarely. The more users, the more often a packed
-// panel is used. Together below 2 MB.
-constexpr size_t QUERY_BYTES = 512 << 10, CANDIDATE_BYTES = 1280 << 10;
+// How many items may wait for a user to be scored.
+size_t waiting_room(size_t n, size_t width) { return 2 * n + 4 * width; }
 
-size_t users_per_block(const TopNProblem &p, size_t capacity) {
-    const size_t by_rows = QUERY_BYTES / (p.k * p.d * sizeof(float)), by_keys = CANDIDATE_BYTES / (capacity * sizeof(RankKey));
-    return std::max<size_t>(1, std::min<size_t>({512, by_rows, by_keys}));
+// One block of users: its query rows should fit the L2 cache; candidates are touched rarely. The more users, the more often a packed panel is
+// used. Together below 2 MB. By 8-bit integers a panel is done with so soon that fewer users, all of whose data stay in the cache, are faster.
+constexpr size_t QUERY_BYTES = 512 << 10, CANDIDATE_BYTES = 1280 << 10, MOST_USERS = 512, MOST_QUANTIZED_USERS = 128;
+
+size_t users_per_block(const TopNProblem &p, size_t capacity, bool quantized) {
+    const size_t by_rows = QUERY_BYTES / (p.k * p.d * sizeof(float));
+    const size_t by_keys = CANDIDATE_BYTES / (capacity * sizeof(RankKey) + quantized * waiting_room(p.n, p.kernels->width) * 3 * sizeof(float));
+    return std::max<size_t>(1, std::min({quantized ? MOST_QUANTIZED_USERS : MOST_USERS, by_rows, by_keys}));
 }
 
 // Which rows gave the scores of the `count` items in `keys`: the first row where the score is reached.
@@ -99,93 +110,248 @@ void find_winners(const TopNProblem &p, const float *query, const RankKey *keys,
     }
 }
 
-// Returns the bits of the largest magnitude among the items.
-int32_t search_block(const TopNProblem &p, size_t first_user, size_t last_user, size_t capacity, Memory &memory) {
-    const ScoreKernels &kernels = *p.kernels;
-    const size_t width = kernels.width, users = last_user - first_user, row = p.k * p.d;
+// Within these limits squares and lengths stay well inside float's range.
+bool fit_to_quantize(float largest) { return largest > 1e-10f && largest < 1e15f; }
 
-    Buffer<float> queries(memory, users * row);
-    Buffer<float> panel(memory, width * p.d);
-    Buffer<float> scores(memory, std::max(kernels.rows, p.k) * width);
-    Buffer<float> candidate_scores(memory, users * capacity);
-    Buffer<uint32_t> candidate_ids(memory, users * capacity);
-    Buffer<Candidates> candidates(memory, users);
-    Buffer<float> thresholds(memory, users, -std::numeric_limits<float>::infinity());  // of the candidates, side by side
-    Buffer<ScoreKernels::Hit> hits(memory, users);
-    Buffer<float> best(memory, users * width);  // of the hits
-    Buffer<RankKey> keys(memory, capacity);
-    Buffer<int32_t> winner(memory, p.n);
-    for (size_t u = 0; u < users; ++u) {
-        std::copy_n(p.rows(first_user + u), row, &queries[u * row]);
-        candidates[u] = {&candidate_scores[u * capacity], &candidate_ids[u * capacity], 0, -std::numeric_limits<float>::infinity()};
+// The next `width` items to look at.
+struct Panel {
+    size_t first;  // place of the panel among the prepared ones
+    uint64_t valid;  // which places hold an item that may be given; width < 64
+    // Unless the problem comes with panels, which hold all items and have no bias:
+    uint32_t ids[64];
+    const float *item[64];
+    float bias[64];
+
+    uint32_t id(const TopNProblem &p, size_t place) const { return p.panels ? static_cast<uint32_t>(first + place) : ids[place]; }
+
+    // Returns false if no item is left from `next` on; moves `next` past those taken.
+    bool fill(const TopNProblem &p, size_t &next) {
+        const size_t width = p.kernels->width;
+        first = next;
+        if (p.panels) {
+            const size_t here = std::min(width, p.n_items - first);
+            next += here;
+            valid = (uint64_t{1} << here) - 1;
+            for (size_t j = 0; p.allowed && j < here; ++j) valid &= ~(static_cast<uint64_t>(!p.allowed[first + j]) << j);
+            return here > 0;
+        }
+        size_t filled = 0;
+        for (; next < p.n_items && filled < width; ++next) {
+            if (p.allowed && !p.allowed[next]) continue;
+            item[filled] = p.items + next * p.d;
+            bias[filled] = p.bias ? p.bias[next] : 0.0f;
+            ids[filled++] = static_cast<uint32_t>(next);
+        }
+        std::fill(item + filled, item + width, item[0]);  // repeats, which `valid` takes out again
+        std::fill(bias + filled, bias + width, 0.0f);
+        valid = (uint64_t{1} << filled) - 1;
+        return filled > 0;
+    }
+};
+
+// Users [first_user, first_user + users) and what is known of their best items.
+class Block {
+public:
+    Block(const TopNProblem &problem, size_t first, size_t last, size_t capacity_, Memory &memory)
+        : p(problem), kernels(*problem.kernels), first_user(first), users(last - first), capacity(capacity_), row(problem.k * problem.d),
+          queries(memory, users * row), packed(memory, kernels.width * p.d), tile(memory, std::max(kernels.rows, p.k) * kernels.width),
+          candidate_scores(memory, users * capacity), candidate_ids(memory, users * capacity), candidates(memory, users),
+          thresholds(memory, users, -infinity), hits(memory, users), best(memory, users * kernels.width) {
+        for (size_t u = 0; u < users; ++u) {
+            std::copy_n(p.rows(first_user + u), row, &queries[u * row]);
+            candidates[u] = {&candidate_scores[u * capacity], &candidate_ids[u * capacity], 0, thresholds[u]};
+        }
     }
 
-    int32_t largest = 0;
-    float bias[64] = {};
-    const float *item[64];
-    uint32_t id[64];
-    for (size_t next = 0; next < p.n_items;) {
-        const float *packed = panel.data();
-        uint64_t valid = 0;  // which of the panel's places hold an item; width < 64
-        if (p.panels) {
-            packed = p.panels + next * p.d;
-            for (size_t j = 0; j < width && next < p.n_items; ++j, ++next) {
-                bias[j] = p.bias ? p.bias[next] : 0.0f;
-                id[j] = static_cast<uint32_t>(next);
-                valid |= static_cast<uint64_t>(!p.allowed || p.allowed[next]) << j;
-            }
-            if (!valid) continue;
-        } else {
-            size_t filled = 0;
-            for (; next < p.n_items && filled < width; ++next) {
-                if (p.allowed && !p.allowed[next]) continue;
-                item[filled] = p.items + next * p.d;
-                bias[filled] = p.bias ? p.bias[next] : 0.0f;
-                id[filled++] = static_cast<uint32_t>(next);
-            }
-            if (filled == 0) break;
-            std::fill(item + filled, item + width, item[0]);  // repeats, which `valid` takes out again
-            std::fill(bias + filled, bias + width, 0.0f);
-            largest = std::max(largest, kernels.pack(item, p.d, panel.data()));
-            valid = (uint64_t{1} << filled) - 1;
-        }
-
-        size_t n_hits = 0;
-        if (p.k <= kernels.rows) {
-            n_hits = kernels.tile_best(packed, bias, queries.data(), users, p.k, p.d, valid, thresholds.data(), best.data(), hits.data());
-        } else {
-            for (size_t u = 0; u < users; ++u) {
-                for (size_t r = 0; r < p.k; r += kernels.rows)
-                    kernels.tile(packed, bias, &queries[u * row] + r * p.d, std::min(kernels.rows, p.k - r), p.d, &scores[r * width]);
-                const uint64_t above = kernels.best(scores.data(), p.k, thresholds[u], &best[n_hits * width]) & valid;
-                if (above) hits[n_hits++] = {above, static_cast<uint32_t>(u)};
-            }
-        }
-        for (size_t h = 0; h < n_hits; ++h) {
-            const size_t u = hits[h].user;
-            Candidates &mine = candidates[u];
-            if (mine.count + width > capacity) shrink(mine, p.n, capacity - width, kernels);
-            for (uint64_t mask = hits[h].items; mask; mask &= mask - 1) {
-                const unsigned j = static_cast<unsigned>(__builtin_ctzll(mask));
-                const float score = best[h * width + j];
-                if (score > mine.threshold && (!p.accepts || p.accepts(first_user + u, id[j]))) {
-                    mine.scores[mine.count] = score;
-                    mine.ids[mine.count++] = id[j];
+    // Let the users see all items from `next` on. Returns the bits of the largest magnitude among them if they come without panels.
+    int32_t scan(size_t next) {
+        int32_t largest = 0;
+        for (Panel panel; panel.fill(p, next);) {
+            const float *values = packed.data(), *bias = panel.bias;
+            if (p.panels) values = p.panels + panel.first * p.d, bias = NO_BIAS;
+            else largest = std::max(largest, kernels.pack(panel.item, p.d, packed.data()));
+            size_t n_hits = 0;
+            if (p.k <= kernels.rows) {
+                n_hits = kernels.tile_best(values, bias, queries.data(), users, p.k, p.d, panel.valid, thresholds.data(), best.data(), hits.data());
+            } else {
+                for (size_t u = 0; u < users; ++u) {
+                    for (size_t r = 0; r < p.k; r += kernels.rows)
+                        kernels.tile(values, bias, &queries[u * row] + r * p.d, std::min(kernels.rows, p.k - r), p.d, &tile[r * kernels.width]);
+                    const uint64_t above = kernels.best(tile.data(), p.k, thresholds[u], &best[n_hits * kernels.width]) & panel.valid;
+                    if (above) hits[n_hits++] = {above, static_cast<uint32_t>(u)};
                 }
             }
-            thresholds[u] = mine.threshold;
+            for (size_t h = 0; h < n_hits; ++h)
+                offer(hits[h].user, hits[h].items, [&](size_t j) { return panel.id(p, j); }, &best[h * kernels.width]);
+        }
+        return largest;
+    }
+
+    // The same by bounds on each score from 8-bit integers, computed four times as fast. An item that may score above the threshold waits
+    // until n others are known to score no less; only the few that remain are scored in float, `width` at a time. Returns where it
+    // stopped: before the end if so many had to be scored that it does not pay.
+    //
+    // With rows q = s (v + e), items x = t (w + f), v and w the integers: q . x = s t (v . w + v . f + e . x / t), so by Cauchy and Schwarz
+    // q . x is s t v . w, give or take s t (|v| |f| + |e| |x| / t). Rounding is accounted for by a share of |q| |x|, ROUNDING for each dimension.
+    size_t scan_quantized(Memory &memory, float largest) {
+        const size_t width = kernels.width, quads = (p.d + 3) / 4, room = waiting_room(p.n, width);
+        Buffer<int32_t> rows(memory, users * p.k * quads), start(memory, users * p.k);
+        Buffer<ScoreKernels::QuantizedUser> bounds(memory, users);
+        Buffer<double> unit(memory, users);  // of the bounds, in scores
+        Buffer<float> least(memory, users * room), most(memory, users * room), panel_least(memory, users * width), panel_most(memory, users * width);
+        Buffer<uint32_t> ids(memory, users * room), waiting(memory, users, 0u);
+        QuantizedItems own(memory, kernels, p.quantized ? 0 : width, p.d, largest);
+        const QuantizedItems &quantized = p.quantized ? *p.quantized : own;
+        for (size_t u = 0; u < users; ++u)
+            unit[u] = static_cast<double>(quantized.unit) * quantize_user(u, quads, &rows[u * p.k * quads], &start[u * p.k], bounds[u]);
+
+        size_t scored = 0;
+        const auto drop = [&](size_t u) {  // those that n others surpass
+            const size_t at = u * room;
+            float &limit = bounds[u].limit;
+            limit = std::max(limit, static_cast<float>(rough_threshold(&least[at], waiting[u], p.n, limit, kernels) - SLACK / unit[u]));
+            size_t kept = 0;
+            for (size_t j = at; j < at + waiting[u]; ++j) {
+                least[at + kept] = least[j];
+                most[at + kept] = most[j];
+                ids[at + kept] = ids[j];
+                kept += most[j] >= limit;  // of equals the first ids are wanted, and these are not in order of ids
+            }
+            waiting[u] = static_cast<uint32_t>(kept);
+        };
+        const auto score = [&](size_t u) {
+            const float *item[64];
+            const uint32_t *id = &ids[u * room];
+            for (size_t count; waiting[u] > 0; waiting[u] -= static_cast<uint32_t>(count), id += count) {
+                count = std::min<size_t>(width, waiting[u]);
+                for (size_t j = 0; j < width; ++j) item[j] = p.items + id[std::min(j, count - 1)] * p.d;
+                kernels.pack(item, p.d, packed.data());
+                ScoreKernels::Hit hit;
+                if (kernels.tile_best(packed.data(), NO_BIAS, &queries[u * row], 1, p.k, p.d, (uint64_t{1} << count) - 1, &thresholds[u], best.data(), &hit))
+                    offer(u, hit.items, [id](size_t j) { return id[j]; }, best.data());
+                scored += count;
+            }
+            bounds[u].limit = std::max(bounds[u].limit, static_cast<float>((thresholds[u] - SLACK) / unit[u]));
+        };
+        size_t next = 0;
+        for (Panel panel; scored <= users * (MOST_SCORED + next / MOST_SHARE) && panel.fill(p, next);) {
+            if (!p.quantized) {
+                kernels.pack(panel.item, p.d, packed.data());
+                own.set(kernels, 0, packed.data());
+            }
+            const size_t n_hits = kernels.quantized_hits(quantized.panel(p.quantized ? panel.first : 0), rows.data(), start.data(), bounds.data(), users, p.k,
+                                                         quads, panel.valid, panel_least.data(), panel_most.data(), hits.data());
+            for (size_t h = 0; h < n_hits; ++h) {
+                const size_t u = hits[h].user;
+                size_t at = u * room + waiting[u];
+                for (uint64_t mask = hits[h].items; mask; mask &= mask - 1) {
+                    const size_t j = static_cast<size_t>(__builtin_ctzll(mask));
+                    const uint32_t id = panel.id(p, j);
+                    if (p.accepts && !p.accepts(first_user + u, id)) continue;
+                    least[at] = panel_least[h * width + j];
+                    most[at] = panel_most[h * width + j];
+                    ids[at++] = id;
+                }
+                waiting[u] = static_cast<uint32_t>(at - u * room);
+                if (waiting[u] + width > room) drop(u);
+                if (waiting[u] + width > room) score(u);
+            }
+        }
+        for (size_t u = 0; u < users; ++u) {
+            drop(u);
+            score(u);
+        }
+        return next;
+    }
+
+    void finish(Memory &memory) {
+        Buffer<RankKey> keys(memory, capacity);
+        Buffer<int32_t> winner(memory, p.n);
+        for (size_t u = 0; u < users; ++u) {
+            Candidates &mine = candidates[u];
+            shrink(mine, p.n, capacity, kernels);
+            for (size_t i = 0; i < mine.count; ++i) keys[i] = rank_key(mine.scores[i], mine.ids[i]);
+            std::sort(keys.begin(), keys.begin() + mine.count, std::greater<RankKey>());
+            const size_t count = std::min(mine.count, p.n);
+            find_winners(p, &queries[u * row], keys.data(), count, packed.data(), tile.data(), winner.data());
+            p.result(first_user + u, keys.data(), winner.data(), count);
         }
     }
-    for (size_t u = 0; u < users; ++u) {
+
+private:
+    static constexpr float ROUNDING = 1.0f / (1 << 22), infinity = std::numeric_limits<float>::infinity();
+    static constexpr double SLACK = 1e-36;  // products near the smallest float may be rounded by more than a share of themselves
+    static constexpr float NO_BIAS[64] = {};
+    // More than so many scores a user, and one in so many items, cost more than the bound saves.
+    static constexpr size_t MOST_SCORED = 1024, MOST_SHARE = 4;
+
+    // Of the items in `mask`, with ids id(place), `scores` are the user's.
+    template <class Id>
+    void offer(size_t u, uint64_t mask, Id id, const float *scores) {
         Candidates &mine = candidates[u];
-        shrink(mine, p.n, capacity, kernels);
-        for (size_t i = 0; i < mine.count; ++i) keys[i] = rank_key(mine.scores[i], mine.ids[i]);
-        std::sort(keys.begin(), keys.begin() + mine.count, std::greater<RankKey>());
-        const size_t count = std::min(mine.count, p.n);
-        find_winners(p, &queries[u * row], keys.data(), count, panel.data(), scores.data(), winner.data());
-        p.result(first_user + u, keys.data(), winner.data(), count);
+        if (mine.count + kernels.width > capacity) shrink(mine, p.n, capacity - kernels.width, kernels);
+        for (; mask; mask &= mask - 1) {
+            const unsigned j = static_cast<unsigned>(__builtin_ctzll(mask));
+            if (scores[j] > mine.threshold && (!p.accepts || p.accepts(first_user + u, id(j)))) {
+                mine.scores[mine.count] = scores[j];
+                mine.ids[mine.count++] = id(j);
+            }
+        }
+        thresholds[u] = mine.threshold;
     }
-    return largest;
+
+    // Returns the scale of the user's rows.
+    float quantize_user(size_t u, size_t quads, int32_t *rows, int32_t *start, ScoreKernels::QuantizedUser &bound) {
+        const float *query = &queries[u * row];
+        float largest = 0;
+        for (size_t t = 0; t < row; ++t) largest = std::max(largest, std::fabs(query[t]));
+        if (!fit_to_quantize(largest)) {  // nothing is known of this user's scores
+            std::fill_n(rows, p.k * quads, 0);
+            std::fill_n(start, p.k, 0);
+            bound = {0.0f, infinity, -infinity};
+            return 1;
+        }
+        constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23: a sum with it is rounded to a whole number
+        const float scale = largest / 127, inverse = 1 / scale, more = 1.0001f;
+        float error = 0, norm = 0;  // the largest |v|, and |e| + rounding's share of |q| / s
+        for (size_t r = 0; r < p.k; ++r) {
+            int8_t *const values = reinterpret_cast<int8_t *>(rows + r * quads);
+            float squares = 0, lost = 0, length = 0;
+            int32_t sum = 0;
+            rows[(r + 1) * quads - 1] = 0;
+            for (size_t t = 0; t < p.d; ++t) {
+                const float value = query[r * p.d + t] * inverse, whole = (value + MAGIC) - MAGIC;
+                values[t] = static_cast<int8_t>(whole);
+                sum += values[t];
+                squares += whole * whole;
+                lost += (value - whole) * (value - whole);
+                length += value * value;
+            }
+            start[r] = -128 * sum;
+            error = std::max(error, more * std::sqrt(squares));
+            norm = std::max(norm, more * (std::sqrt(lost) + ROUNDING * static_cast<float>(p.d + 32) * std::sqrt(length)));
+        }
+        bound = {error, norm, -infinity};
+        return scale;
+    }
+
+    const TopNProblem &p;
+    const ScoreKernels &kernels;
+    const size_t first_user, users, capacity, row;
+    Buffer<float> queries, packed, tile, candidate_scores;
+    Buffer<uint32_t> candidate_ids;
+    Buffer<Candidates> candidates;
+    Buffer<float> thresholds;  // of the candidates, side by side
+    Buffer<ScoreKernels::Hit> hits;
+    Buffer<float> best;  // of the hits
+};
+
+// Fewer dimensions gain nothing; in many, where vectors are nearly orthogonal, quantizing blurs the differences between scores.
+bool can_quantize(const ScoreKernels &kernels, size_t d) { return kernels.quantized_hits && d >= 16 && d <= 512; }
+
+// Does the bound pay? Scores for fewer users than it takes to make up for quantizing, and lists that take in many of the items, do not.
+bool quantized_pays(const TopNProblem &p) {
+    return can_quantize(*p.kernels, p.d) && !p.bias && p.k <= p.kernels->rows && p.d <= 256 * p.k && p.n_items / 16 >= p.n && (p.quantized || p.users * p.k >= 64);
 }
 
 }  // namespace
@@ -198,17 +364,38 @@ float top_n(const TopNProblem &p, Team &team, Memory &memory) {
         for (size_t u = 0; u < p.users; ++u) p.result(u, nullptr, nullptr, 0);
         return 0;
     }
+    float magnitude = 0;
+    bool quantized = quantized_pays(problem);
+    if (quantized && !p.quantized) {
+        magnitude = largest_magnitude(p.items, p.n_items, p.d, "items");
+        quantized = fit_to_quantize(magnitude);
+    }
     const size_t capacity = 2 * problem.n + 4 * p.kernels->width;
-    const size_t block = std::min(users_per_block(problem, capacity), (p.users + team.size() - 1) / team.size());
+    const size_t block = std::min(users_per_block(problem, capacity, quantized), (p.users + team.size() - 1) / team.size());
     std::atomic<int32_t> largest{0};
     team.run((p.users + block - 1) / block, [&](size_t b) {
-        const int32_t bits = search_block(problem, b * block, std::min(p.users, (b + 1) * block), capacity, memory);
+        Block users(problem, b * block, std::min(p.users, (b + 1) * block), capacity, memory);
+        const int32_t bits = users.scan(quantized ? users.scan_quantized(memory, magnitude) : 0);
+        users.finish(memory);
         for (int32_t seen = largest; seen < bits && !largest.compare_exchange_weak(seen, bits);) {}
     });
+    if (quantized) return magnitude;
     const int32_t bits = largest;
-    float magnitude;
     std::memcpy(&magnitude, &bits, 4);
     return magnitude;
+}
+
+QuantizedItems::QuantizedItems(Memory &memory, const ScoreKernels &kernels, size_t n_items, size_t d_, float largest)
+    : d(d_), quads((d_ + 3) / 4), unit(largest / 127),
+      values(memory, checked_product(checked_product((n_items + kernels.width - 1) / kernels.width * kernels.width, quads), 4)),
+      scale(memory, n_items + kernels.width), error(memory, n_items + kernels.width), norm(memory, n_items + kernels.width) {}
+
+void QuantizedItems::set(const ScoreKernels &kernels, size_t place, const float *panel) {
+    kernels.quantize(panel, d, unit, &values[place * quads * 4], &scale[place], &error[place], &norm[place]);
+}
+
+ScoreKernels::QuantizedPanel QuantizedItems::panel(size_t place) const {
+    return {values.data() + place * quads * 4, scale.data() + place, error.data() + place, norm.data() + place};
 }
 
 namespace {
@@ -400,14 +587,18 @@ struct eimf_items {
     eimf_items(const float *items_, size_t n_items_, size_t d_, const ScoreKernels *kernels_, const eimf_allocator &allocator)
         : items(items_), n_items(n_items_), d(d_), kernels(kernels_), memory(allocator, 0),
           largest(largest_magnitude(items, n_items, d, "items")),
-          panels(memory, checked_product(checked_product((n_items + kernels->width - 1) / kernels->width, kernels->width), d)) {
+          panels(memory, checked_product(checked_product((n_items + kernels->width - 1) / kernels->width, kernels->width), d)),
+          quantized(memory, *kernels, may_quantize() ? n_items : 0, d, largest) {
         const size_t width = kernels->width;
         const float *item[64];
         for (size_t first = 0; first < n_items; first += width) {
             for (size_t j = 0; j < width; ++j) item[j] = items + std::min(first + j, n_items - 1) * d;
             kernels->pack(item, d, &panels[first * d]);
+            if (may_quantize()) quantized.set(*kernels, first, &panels[first * d]);
         }
     }
+
+    bool may_quantize() const { return can_quantize(*kernels, d) && fit_to_quantize(largest); }
 
     const float *items;
     const size_t n_items, d;
@@ -415,6 +606,7 @@ struct eimf_items {
     Memory memory;
     const float largest;
     Buffer<float> panels;
+    QuantizedItems quantized;
 };
 
 namespace {
@@ -433,7 +625,8 @@ void run(const Request &q, const eimf_items *prepared, int64_t *ids, float *scor
     for (size_t e = 0; e < n_excluded; ++e) excluded[e] = static_cast<uint32_t>(q.options.exclude_indices[e]);
     for (size_t u = 0; n_excluded && u < q.users; ++u) std::sort(excluded.data() + indptr[u], excluded.data() + indptr[u + 1]);
 
-    TopNProblem problem{kernels, q.items, q.n_items, q.d, nullptr, q.options.allowed, q.users, q.k, q.n, prepared ? prepared->panels.data() : nullptr, {}, {}, {}};
+    TopNProblem problem{kernels, q.items, q.n_items, q.d, nullptr, q.options.allowed, q.users, q.k, q.n, prepared ? prepared->panels.data() : nullptr,
+                        prepared && prepared->may_quantize() ? &prepared->quantized : nullptr, {}, {}, {}};
     problem.rows = [&](size_t user) { return q.interests + user * q.k * q.d; };
     if (n_excluded)
         problem.accepts = [&](size_t user, uint32_t id) {

@@ -28,6 +28,19 @@ inline float key_score(RankKey key) {
 }
 inline uint32_t key_id(RankKey key) { return ~static_cast<uint32_t>(key); }
 
+// Items as 8-bit integers, in panels that ScoreKernels::quantize makes.
+struct QuantizedItems {
+    QuantizedItems(Memory &memory, const ScoreKernels &kernels, size_t n_items, size_t d, float largest);
+    // `place`, a multiple of the kernels' width, is that of the panel's first item.
+    void set(const ScoreKernels &kernels, size_t place, const float *panel);
+    ScoreKernels::QuantizedPanel panel(size_t place) const;
+
+    size_t d, quads;
+    float unit;
+    Buffer<uint8_t> values;
+    Buffer<float> scale, error, norm;
+};
+
 struct TopNProblem {
     const ScoreKernels *kernels;
     const float *items;      // (n_items, d)
@@ -37,6 +50,7 @@ struct TopNProblem {
     size_t users, k;         // a user has k query rows
     size_t n;                // how many to find
     const float *panels = nullptr;  // the items packed by `kernels`, (ceil(n_items / width), d, width), or nullptr: pack on the way
+    const QuantizedItems *quantized = nullptr;  // the same items, or nullptr: where that is faster, quantize on the way
 
     // (k, d) query rows of a user.
     std::function<const float *(size_t user)> rows;

@@ -70,6 +70,48 @@ def test_panel_edges_and_n_above_items(n_items):
         assert (found[0][:, n_items:] == -1).all() and (found[1][:, n_items:] == -np.inf).all() and (found[2][:, n_items:] == -1).all()
 
 
+def assert_bounds_change_nothing(interests, items, n, **options):
+    """The scan by 8-bit integers, where the CPU has one, against float products alone; also on prepared items."""
+    expected = eimf_core.top_n(interests, items, n, kernel="scalar", **options)
+    for catalogue in (items, eimf_core.Items(items)):
+        assert_equal(eimf_core.top_n(interests, catalogue, n, **options), expected)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 7, 8, 9])
+@pytest.mark.parametrize("d", [15, 16, 17, 50, 64, 257])
+def test_bounds_by_integers_change_nothing(k, d):
+    interests, items = vectors(d, 130, k, d), vectors(k, 1500, d)
+    assert_bounds_change_nothing(interests, items, 20)
+    assert_bounds_change_nothing(interests, items * np.exp(2 * vectors(3, 1500, 1)), 90)  # lengths far apart
+    assert_bounds_change_nothing(interests * np.exp(3 * vectors(4, 130, k, 1)), items + 1, 5)
+    lists = [np.random.default_rng(u).integers(0, 1500, 200) for u in range(130)]
+    assert_bounds_change_nothing(interests, items, 20, allowed=np.arange(1500) % 7 < 3, **csr(lists))
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e-20, 1e-12, 1e12, 1e17])
+def test_bounds_by_integers_at_the_ends_of_the_range(scale):
+    interests, items = vectors(0, 40, 4, 32), vectors(1, 800, 32)
+    assert_bounds_change_nothing(interests, items * np.float32(scale), 10)
+    assert_bounds_change_nothing(interests * np.float32(scale), items, 10)
+    mixed = np.where(np.arange(800)[:, None] % 3, items, items * np.float32(scale))
+    assert_bounds_change_nothing(interests, mixed, 10)
+    assert_bounds_change_nothing(np.where(np.arange(40)[:, None, None] % 3, interests, interests * np.float32(scale)), mixed, 10)
+
+
+def test_bounds_by_integers_when_they_separate_nothing():
+    """Equal and nearly equal scores, for which all items must be scored in float, and zeros."""
+    interests = vectors(0, 70, 2, 20)
+    assert_bounds_change_nothing(interests, np.ones((20000, 20), np.float32), 12)
+    assert_bounds_change_nothing(interests, np.tile(vectors(1, 4, 20), (500, 1)), 100)
+    assert_bounds_change_nothing(interests, np.ones((9000, 20), np.float32) + 1e-6 * vectors(2, 9000, 20), 12)
+    assert_bounds_change_nothing(np.zeros_like(interests), vectors(3, 2000, 20), 12)
+    assert_bounds_change_nothing(interests, np.zeros((2000, 20), np.float32), 12)
+    assert_bounds_change_nothing(interests, np.where(np.arange(2000)[:, None] == 777, vectors(3, 2000, 20), 0).astype(np.float32), 12)
+    rising = np.linspace(1, 2, 3000, dtype=np.float32)[:, None] * np.ones((1, 20), np.float32)
+    assert_bounds_change_nothing(np.abs(interests), rising, 12)  # each item is better than all before it
+    assert_bounds_change_nothing(-np.abs(interests), rising, 12)
+
+
 def test_ties_go_to_the_lower_id_and_the_lower_interest():
     items = np.tile(vectors(3, 5, 8), (40, 1))  # 200 items, five different ones
     interests = np.repeat(vectors(4, 6, 1, 8), 3, axis=1)  # three equal interests
@@ -130,7 +172,7 @@ def test_result_does_not_depend_on_the_batch():
 @given(st.data())
 def test_random_shapes_against_the_plain_loop(data):
     draw = lambda low, high: data.draw(st.integers(low, high))
-    users, k, d, n_items, n, seed = draw(1, 20), draw(1, 12), draw(1, 20), draw(0, 150), draw(0, 160), draw(0, 2**31)
+    users, k, d, n_items, n, seed = draw(1, 40), draw(1, 12), draw(1, 40), draw(0, 300), draw(0, 160), draw(0, 2**31)
     rng = np.random.default_rng(seed)
     # Small integers make many exact ties.
     interests, items = (rng.integers(-2, 3, s).astype(np.float32) for s in ((users, k, d), (n_items, d)))
