@@ -112,6 +112,26 @@ def test_bounds_by_integers_when_they_separate_nothing():
     assert_bounds_change_nothing(-np.abs(interests), rising, 12)
 
 
+def test_bounds_by_integers_when_all_rounding_goes_one_way():
+    """The worst case for the bounds: what quantizing takes from the best item, or its user, points along the other vector."""
+    exact = np.full((2000, 64), 50, np.float32)
+    exact[np.arange(2000), 1 + np.arange(2000) % 63] += 30  # 3,307 with a vector of ones
+    exact[:, 0] = 127  # so that one step is 1
+    for place in (0, 1000, 1999):
+        rounded = exact.copy()
+        rounded[place, 1:] = 50.49  # 3,308, and 3,277 once it is rounded
+        ones = np.ones((64, 1, 64), np.float32)
+        assert (oracle(ones, rounded, 1)[0] == place).all()
+        assert_bounds_change_nothing(ones, rounded, 1)
+        # Now the users are rounded: they like (0, 1, 1, ...) by 3,181 steps, of which 31 get lost, and (25, 0, 0, ...) by 0.9 less, of which none.
+        users = np.repeat(rounded[place][None, None], 64, axis=0)
+        items = np.zeros((2000, 64), np.float32)
+        items[:, 0] = (63 * 50.49 - 0.9) / 127
+        items[place] = (np.arange(64) > 0).astype(np.float32)
+        assert (oracle(users, items, 1)[0] == place).all()
+        assert_bounds_change_nothing(users, items, 1)
+
+
 def test_ties_go_to_the_lower_id_and_the_lower_interest():
     items = np.tile(vectors(3, 5, 8), (40, 1))  # 200 items, five different ones
     interests = np.repeat(vectors(4, 6, 1, 8), 3, axis=1)  # three equal interests

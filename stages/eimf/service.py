@@ -58,8 +58,10 @@ class RecommendRequest(BaseModel):
     # The limits stand inside: outside of the validator, pydantic does not write them into the OpenAPI document.
     k: Annotated[Annotated[int, Field(ge=1, le=LIMITS["k"])], BeforeValidator(whole), Field(description="items wanted")] = 20
     exclude_seen: Annotated[bool, Field(description="leave out items of the history")] = True
-    exclude_items: names("exclude_items") = []
-    allow_categories: Annotated[names("allow_categories"), Field(description="only items in one of these; all if empty")] = []
+    # Made anew for each request: pydantic would copy a default deeply, which takes as long as all of the rest.
+    exclude_items: names("exclude_items") = Field(default_factory=list, json_schema_extra={"default": []})
+    allow_categories: names("allow_categories") = Field(default_factory=list, json_schema_extra={"default": []},
+                                                        description="only items in one of these; all if empty")
     diversity: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False, description=(
         "0 ranks by score; an item loses this share of the scores' range for each item of its category above it"))] = 0.0
     explain: Annotated[bool, Field(description="with interests, their labels and the history items behind them")] = True
