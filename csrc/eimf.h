@@ -46,7 +46,8 @@ typedef enum eimf_kernel {
     EIMF_KERNEL_SCALAR = 1,
     EIMF_KERNEL_AVX2 = 2, /* with FMA */
     EIMF_KERNEL_AVX512 = 3,
-    EIMF_KERNEL_NEON = 4
+    EIMF_KERNEL_NEON = 4,
+    EIMF_KERNEL_AVX512_VNNI = 5 /* AVX-512, and top_n first bounds scores by 8-bit integer products */
 } eimf_kernel;
 
 /* "0.1.0" */
@@ -154,7 +155,8 @@ eimf_status eimf_affinity_propagation_sparse(const int64_t *indptr, const int64_
  *
  *   score(b, i) = max_k  interests[b, k] . items[i]
  *
- * Exact. Scores are accumulated in float32 with fused multiply-adds in the order of the dimensions. Items with equal scores are ranked by
+ * Exact. Scores are accumulated in float32 with fused multiply-adds in the order of the dimensions; those that bounds show to be too low are not
+ * computed. Items with equal scores are ranked by
  * lower id, equal interests by lower k. No B x N array is made: work memory is under 2 MB per thread (more only for n above
  * some ten thousands). Time O(B N K D).
  * --------------------------------------------------------------------------------------------------------------- */
@@ -177,7 +179,8 @@ eimf_status eimf_top_n(const float *interests, size_t users, size_t n_interests,
                        eimf_error *error);
 
 /* A catalogue prepared for many calls with few users each: its vectors are also kept in the kernel's own order, n_items * dim
- * floats of work memory, and are checked once. Results are eimf_top_n's, bit for bit; one user's answer takes about half the time.
+ * floats of work memory (a quarter more for kernel AVX512_VNNI), and are checked once. Results are eimf_top_n's, bit for bit; one user's answer
+ * takes a fraction of the time.
  *
  * items must stay alive and unchanged until eimf_items_destroy, and so must allocator (NULL: malloc and free). Any number of
  * threads may query one object at once; options->kernel must be EIMF_KERNEL_AUTO or the one given to _create. Create: on failure

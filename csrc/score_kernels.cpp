@@ -244,9 +244,16 @@ const ScoreKernels *score_kernels(eimf_kernel kernel) {
     __builtin_cpu_init();
     const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool has_avx512 = __builtin_cpu_supports("avx512f"), has_vnni = has_avx512 && __builtin_cpu_supports("avx512vnni");
-    static const ScoreKernels avx512_version{"avx512", avx512::WIDTH, 8, avx512::tile_best, avx512::tile, avx512::best, has_vnni ? vnni::quantized_hits : nullptr,
-                                              has_vnni ? vnni::quantize : nullptr, avx512::count_above, avx512::range, avx512::stretch_maxima, avx512::find_above,
+    static const ScoreKernels avx512_version{"avx512", avx512::WIDTH, 8, avx512::tile_best, avx512::tile, avx512::best, nullptr, nullptr, avx512::count_above, avx512::range, avx512::stretch_maxima, avx512::find_above,
                                               avx512::update_availabilities, avx512::update_responsibilities, avx512::two_best, avx512::add_positive, avx512::squared_distance, avx512::pack};
+    static const ScoreKernels vnni_version = [] {
+        ScoreKernels version = avx512_version;
+        version.name = "avx512vnni";
+        version.quantized_hits = vnni::quantized_hits;
+        version.quantize = vnni::quantize;
+        return version;
+    }();
+    if (kernel == EIMF_KERNEL_AVX512_VNNI || (kernel == EIMF_KERNEL_AUTO && has_vnni)) return has_vnni ? &vnni_version : nullptr;
     if (kernel == EIMF_KERNEL_AVX512 || (kernel == EIMF_KERNEL_AUTO && has_avx512)) return has_avx512 ? &avx512_version : nullptr;
     if (kernel == EIMF_KERNEL_AVX2 || (kernel == EIMF_KERNEL_AUTO && has_avx2)) return has_avx2 ? &avx2_version : nullptr;
 #endif

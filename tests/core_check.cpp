@@ -57,25 +57,25 @@ TopN top_n(bool reference, size_t users, size_t k, size_t d, size_t n_items, siz
 }
 
 void check_top_n(bool quick) {
-    for (const size_t d : quick ? std::vector<size_t>{1, 9} : std::vector<size_t>{1, 7, 8, 9, 16, 65})
+    for (const size_t d : quick ? std::vector<size_t>{1, 9, 18} : std::vector<size_t>{1, 7, 8, 9, 16, 65})
         for (const size_t k : {1, 3, 4, 17})
-            for (const size_t n_items : quick ? std::vector<size_t>{49, 100} : std::vector<size_t>{1, 47, 49, 500})
-                for (const int kernel : {EIMF_KERNEL_AUTO, EIMF_KERNEL_SCALAR, EIMF_KERNEL_AVX2, EIMF_KERNEL_AVX512, EIMF_KERNEL_NEON}) {
+            for (const size_t n_items : quick ? std::vector<size_t>{49, 330} : std::vector<size_t>{1, 47, 49, 500})
+                for (const int kernel : {EIMF_KERNEL_AUTO, EIMF_KERNEL_SCALAR, EIMF_KERNEL_AVX2, EIMF_KERNEL_AVX512, EIMF_KERNEL_NEON, EIMF_KERNEL_AVX512_VNNI}) {
                     if (!eimf_kernel_name(static_cast<eimf_kernel>(kernel))) continue;
                     std::vector<int64_t> start, excluded;
                     std::vector<uint8_t> allowed(n_items, 1);
-                    for (size_t u = 0; u <= 9; ++u) start.push_back(static_cast<int64_t>(u * 3));
-                    for (size_t e = 0; e < 27; ++e) excluded.push_back(static_cast<int64_t>(e * 31 % n_items));
+                    for (size_t u = 0; u <= 20; ++u) start.push_back(static_cast<int64_t>(u * 3));
+                    for (size_t e = 0; e < 60; ++e) excluded.push_back(static_cast<int64_t>(e * 31 % n_items));
                     for (size_t i = 0; i < n_items; i += 5) allowed[i] = 0;
                     eimf_top_n_options options = eimf_top_n_defaults();
                     options.kernel = static_cast<eimf_kernel>(kernel);
                     options.exclude_indptr = start.data();
                     options.exclude_indices = excluded.data();
                     options.allowed = allowed.data();
-                    const TopN expected = top_n(true, 9, k, d, n_items, 20, options);
+                    const TopN expected = top_n(true, 20, k, d, n_items, 20, options);
                     for (const size_t threads : {1, 2, 7}) {
                         options.n_threads = threads;
-                        CHECK(top_n(false, 9, k, d, n_items, 20, options) == expected);
+                        CHECK(top_n(false, 20, k, d, n_items, 20, options) == expected);
                     }
                 }
 }
