@@ -200,7 +200,8 @@ public:
         Buffer<double> unit(memory, users);  // of the bounds, in scores
         Buffer<float> least(memory, users * room), most(memory, users * room), panel_least(memory, users * width), panel_most(memory, users * width);
         Buffer<uint32_t> ids(memory, users * room), waiting(memory, users, 0u);
-        QuantizedItems own(memory, kernels, p.quantized ? 0 : width, p.d, largest);
+        QuantizedItems own;
+        if (!p.quantized) own = QuantizedItems(memory, kernels, width, p.d, largest);
         const QuantizedItems &quantized = p.quantized ? *p.quantized : own;
         for (size_t u = 0; u < users; ++u)
             unit[u] = static_cast<double>(quantized.unit) * quantize_user(u, quads, &rows[u * p.k * quads], &start[u * p.k], bounds[u]);
@@ -587,8 +588,8 @@ struct eimf_items {
     eimf_items(const float *items_, size_t n_items_, size_t d_, const ScoreKernels *kernels_, const eimf_allocator &allocator)
         : items(items_), n_items(n_items_), d(d_), kernels(kernels_), memory(allocator, 0),
           largest(largest_magnitude(items, n_items, d, "items")),
-          panels(memory, checked_product(checked_product((n_items + kernels->width - 1) / kernels->width, kernels->width), d)),
-          quantized(memory, *kernels, may_quantize() ? n_items : 0, d, largest) {
+          panels(memory, checked_product(checked_product((n_items + kernels->width - 1) / kernels->width, kernels->width), d)) {
+        if (may_quantize()) quantized = QuantizedItems(memory, *kernels, n_items, d, largest);
         const size_t width = kernels->width;
         const float *item[64];
         for (size_t first = 0; first < n_items; first += width) {

@@ -30,13 +30,14 @@ inline uint32_t key_id(RankKey key) { return ~static_cast<uint32_t>(key); }
 
 // Items as 8-bit integers, in panels that ScoreKernels::quantize makes.
 struct QuantizedItems {
+    QuantizedItems() = default;
     QuantizedItems(Memory &memory, const ScoreKernels &kernels, size_t n_items, size_t d, float largest);
     // `place`, a multiple of the kernels' width, is that of the panel's first item.
     void set(const ScoreKernels &kernels, size_t place, const float *panel);
     ScoreKernels::QuantizedPanel panel(size_t place) const;
 
-    size_t d, quads;
-    float unit;
+    size_t d = 0, quads = 0;
+    float unit = 0;
     Buffer<uint8_t> values;
     Buffer<float> scale, error, norm;
 };

@@ -198,7 +198,7 @@ void check_concurrent_calls() {
 }
 
 void check_prepared() {
-    const std::vector<float> x = blobs(600, 5, 12, 3), queries = normal(20 * 4 * 5, 4);
+    const std::vector<float> x = blobs(600, 5, 12, 3), queries = normal(20 * 4 * 25, 4);
     eimf_ap_options options = eimf_ap_defaults();
     options.n_threads = 2;
     eimf_points *points = nullptr;
@@ -214,17 +214,17 @@ void check_prepared() {
     CHECK(eimf_points_affinity_propagation(nullptr, nullptr, 0, nullptr, nullptr, nullptr, nullptr, nullptr) == EIMF_ERROR_ARGUMENT);
 
     eimf_items *items = nullptr;
-    CHECK(eimf_items_create(x.data(), 600, 5, EIMF_KERNEL_AUTO, nullptr, &items, nullptr) == EIMF_OK);
-    TopN a{std::vector<int64_t>(200), std::vector<float>(200), std::vector<int32_t>(200)}, b = a;
+    CHECK(eimf_items_create(x.data(), 120, 25, EIMF_KERNEL_AUTO, nullptr, &items, nullptr) == EIMF_OK);
+    TopN a{std::vector<int64_t>(140), std::vector<float>(140), std::vector<int32_t>(140)}, b = a;
     std::vector<std::thread> threads;
     for (int t = 0; t < 3; ++t)
         threads.emplace_back([&, t] {
             TopN own = a;
-            CHECK(eimf_items_top_n(items, queries.data(), 20, 4, 10, nullptr, own.ids.data(), own.scores.data(), own.interest.data(), nullptr) == EIMF_OK);
+            CHECK(eimf_items_top_n(items, queries.data(), 20, 4, 7, nullptr, own.ids.data(), own.scores.data(), own.interest.data(), nullptr) == EIMF_OK);
             if (t == 0) b = own;
         });
     for (std::thread &thread : threads) thread.join();
-    CHECK(eimf_top_n(queries.data(), 20, 4, 5, x.data(), 600, 10, nullptr, a.ids.data(), a.scores.data(), a.interest.data(), nullptr) == EIMF_OK);
+    CHECK(eimf_top_n(queries.data(), 20, 4, 25, x.data(), 120, 7, nullptr, a.ids.data(), a.scores.data(), a.interest.data(), nullptr) == EIMF_OK);
     CHECK(a == b);
     eimf_items_destroy(items);
     eimf_items_destroy(nullptr);
@@ -245,7 +245,9 @@ void check_prepared() {
         CHECK(status == EIMF_OK || status == EIMF_ERROR_MEMORY);
         Failing other{{allowed}};
         const eimf_allocator allocator{Failing::allocate, Failing::release, &other};
-        CHECK(eimf_items_create(x.data(), 60, 5, EIMF_KERNEL_AUTO, &allocator, &items, nullptr) == (allowed ? EIMF_OK : EIMF_ERROR_MEMORY));
+        const eimf_status created = eimf_items_create(x.data(), 120, 25, EIMF_KERNEL_AUTO, &allocator, &items, nullptr);
+        CHECK(created == (items ? EIMF_OK : EIMF_ERROR_MEMORY));
+        CHECK(allowed || !items);
         eimf_items_destroy(items);
         CHECK(other.held == 0);
         if (status == EIMF_OK) break;
