@@ -70,7 +70,7 @@ def test_info_nce(rng):
     target, teacher = np.array([1, 2, 1, 3, 4, 5, 5, 6]), np.array([0, 0, 1, 2, 3, 4, 5, 3])
     not_negative = (target[:, None] == target) | (teacher[:, None] == teacher)
     keep = np.array([True] * 6 + [False, True])
-    found = losses.info_nce(a, b, torch.tensor(not_negative), 0.1, torch.tensor(keep)).item()
+    found = losses.alignment(a, b, torch.tensor(not_negative), 0.1, torch.tensor(keep))[0].item()
     assert found == pytest.approx(info_nce_oracle(a.detach().numpy(), b.detach().numpy(), not_negative, 0.1, keep))
 
 
@@ -78,15 +78,16 @@ def test_masked_pairs_do_not_push_apart(rng):
     """Two rows with one target: without the mask the loss of identical vectors would be log 2, with it 0."""
     a = torch.ones(2, 3)
     everything = torch.ones(2, 2, dtype=bool)
-    assert losses.info_nce(a, a, everything, 0.1, torch.ones(2, dtype=bool)).item() == pytest.approx(0, abs=1e-6)
-    assert losses.info_nce(a, a, ~everything, 0.1, torch.ones(2, dtype=bool)).item() == pytest.approx(np.log(2))
+    assert losses.alignment(a, a, everything, 0.1, torch.ones(2, dtype=bool))[0].item() == pytest.approx(0, abs=1e-6)
+    assert losses.alignment(a, a, ~everything, 0.1, torch.ones(2, dtype=bool))[0].item() == pytest.approx(np.log(2))
 
 
 def test_cosine_distance(rng):
     a = torch.tensor([[1.0, 0], [1, 0], [1, 0]])
     b = torch.tensor([[2.0, 0], [-1, 0], [0, 5]])
-    assert losses.cosine_distance(a, b, torch.tensor([True, True, True])).item() == pytest.approx(1.0)
-    assert losses.cosine_distance(a, b, torch.tensor([True, False, False])).item() == pytest.approx(0.0)
+    everything = torch.ones(3, 3, dtype=bool)
+    assert losses.alignment(a, b, everything, 0.1, torch.tensor([True, True, True]))[1].item() == pytest.approx(1.0)
+    assert losses.alignment(a, b, everything, 0.1, torch.tensor([True, False, False]))[1].item() == pytest.approx(0.0)
 
 
 def test_a_padded_row_never_wins_the_read_out():
@@ -97,6 +98,11 @@ def test_a_padded_row_never_wins_the_read_out():
     soft = losses.read_out(interests, target, mask, soft=True)
     weight = np.exp([-1, -3]) / np.exp([-1, -3]).sum()
     assert soft[0, 0].item() == pytest.approx(weight @ [-1, -3])
+
+
+def sample(query, table, target, negatives):
+    """What a sampled loss takes."""
+    return query, table[target], table[negatives], negatives == target[:, None]
 
 
 def test_hard_negatives_are_remis_formula(rng):
@@ -110,7 +116,7 @@ def test_hard_negatives_are_remis_formula(rng):
             importance = np.exp(hardness * x)
             positive = np.exp(q[i] @ t[target[i]])
             expected.append(-np.log(positive / (positive + (importance * np.exp(x)).sum() / importance.mean())))
-        found = losses.hard_negative_loss(query, table, target, negatives, hardness).item()
+        found = losses.hard_negative_loss(*sample(query, table, target, negatives), hardness).item()
         assert found == pytest.approx(np.mean(expected))
 
 
@@ -146,22 +152,23 @@ def test_the_corrected_sampled_softmax_has_the_full_softmaxs_gradient(rng, sampl
     draws = [loss.draw() for _ in range(40)]
 
     def distance(log_expected):
-        total = sum(losses.sampled_softmax_loss(query, table, target, negatives, log_expected) for negatives in draws) / len(draws)
+        total = sum(losses.sampled_softmax_loss(*sample(query, table, target, negatives), log_expected[negatives]) for negatives in draws) / len(draws)
         found = torch.autograd.grad(total, (query, table))
         return max(((a - b).norm() / b.norm()).item() for a, b in zip(found, full))
 
     assert distance(loss.log_expected.double()) < 0.05
     assert distance(torch.zeros(12)) > 0.2
-    assert loss(query, table, target).item() == pytest.approx(losses.softmax_loss(query, table, target, torch.tensor([0])).item(), rel=0.1)
+    negatives = loss.draw()
+    assert loss(query, table, target, table[target], negatives, table[negatives]).item() == pytest.approx(losses.softmax_loss(query, table, target, torch.tensor([0])).item(), rel=0.1)
 
 
 def test_a_sampled_target_is_no_negative(rng):
     query, table = tensors(rng, (1, 4), (6, 4))
-    target, expected = torch.tensor([3]), torch.zeros(6)
-    for function, extra in ((losses.sampled_softmax_loss, expected), (losses.hard_negative_loss, 5.0)):
-        with_target, without = (function(query, table, target, torch.tensor(n), extra).item() for n in ([1, 3, 2, 3], [1, 2]))
+    target = torch.tensor([3])
+    for function, extra in ((losses.sampled_softmax_loss, 0.0), (losses.hard_negative_loss, 5.0), (losses.hard_negative_loss, 0.0)):
+        with_target, without = (function(*sample(query, table, target, torch.tensor(n)), extra).item() for n in ([1, 3, 2, 3], [1, 2]))
         assert with_target == pytest.approx(without)
-        assert function(query, table, target, torch.tensor([3, 3]), extra).item() == pytest.approx(0, abs=1e-12)
+        assert function(*sample(query, table, target, torch.tensor([3, 3])), extra).item() == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize("calibration", [0.0, 0.75, 1.0])
@@ -178,7 +185,7 @@ def test_gbce_is_gsasrecs_formula(rng, calibration):
 
     expected = [-(np.log(sigmoid(q[i] @ t[target[i]]) ** beta)
                   + sum(np.log(1 - sigmoid(q[i] @ t[j])) for j in negatives.numpy() if j != target[i])) for i in range(3)]
-    found = losses.gbce_loss(query, table, target, negatives, calibration)
+    found = losses.gbce_loss(*sample(query, table, target, negatives), 29, calibration)
     assert found.item() == pytest.approx(np.mean(expected))
     found.backward()
     assert torch.isfinite(query.grad).all() and torch.isfinite(table.grad).all()
@@ -188,7 +195,7 @@ def test_gbce_with_all_items_as_negatives_is_the_binary_cross_entropy(rng):
     """alpha = 1, so beta = 1 whatever t is."""
     query, table = tensors(rng, (2, 4), (7, 4))
     target = torch.tensor([1, 5])
-    found = losses.gbce_loss(query, table, target, torch.arange(1, 7), 1.0).item()
+    found = losses.gbce_loss(*sample(query, table, target, torch.arange(1, 7)), 6, 1.0).item()
     labels = F.one_hot(target, 7).double()[:, 1:]
     expected = F.binary_cross_entropy_with_logits(query @ table[1:].T, labels, reduction="none").sum(1).mean().item()
     assert found == pytest.approx(expected, rel=1e-6)
@@ -204,7 +211,8 @@ def test_each_loss_learns_the_target(loss):
     optimizer = torch.optim.Adam([query, table], lr=0.05)
     for _ in range(150):
         optimizer.zero_grad()
-        recommendation(query, table, target).backward()
+        negatives = recommendation.draw()
+        recommendation(query, table, target, table[target], negatives, table[negatives]).backward()
         optimizer.step()
     assert ((query @ table[1:].T).argmax(1) + 1).tolist() == target.tolist()
 
@@ -225,3 +233,64 @@ def test_softmax_loss_in_bfloat16_stays_near():
     assert results[0][1].dtype == results[1][2].dtype == torch.float32
     for exact, rounded, tolerance in zip(*results, (.01, .02, .02)):
         assert 0 < (exact - rounded).norm() < tolerance * exact.norm()
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0, 300.0])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_softmax_loss_with_extreme_scores(scale, precision):
+    """Scores up to thousands, of either sign: what float64 gives for the same rounded factors, and no infinity or NaN.
+
+    Rows of large positive scores overflow without a shift, the second row's all-negative ones underflow.
+    """
+    g = torch.Generator().manual_seed(0)
+    query = (torch.randn(8, 16, generator=g) * scale).to(precision)
+    table = torch.randn(200, 16, generator=g).to(precision)
+    table[:, 0] = 1 + table[:, 0].abs()
+    query[1] = 0
+    query[1, 0] = -10 * scale  # every score is far below 0
+    target, excluded = torch.randint(1, 200, (8,), generator=g), torch.tensor([0, 9])
+    target[target == 9] = 10
+    exact, rounded = ([x.to(dtype).requires_grad_() for x in (query, table)] for dtype in (torch.float64, torch.float32))
+    scores = exact[0] @ exact[1].T
+    scores[:, excluded] = -torch.inf
+    expected, found = F.cross_entropy(scores, target), losses.softmax_loss(*rounded, target, excluded, precision=precision)
+    expected.backward()
+    found.backward()
+    # A score of bfloat16 is known to 1 part in 256, so large ones decide for other items; those of float32 do not.
+    tolerance = 1e-4 if precision == torch.float32 else 0.02 if scale <= 1 else None
+    assert torch.isfinite(found) and all(torch.isfinite(x.grad).all() for x in rounded)
+    assert found.item() == pytest.approx(expected.item(), rel=tolerance or 0.02, abs=1e-6)
+    for a, b in zip(exact, rounded):
+        assert tolerance is None or (a.grad - b.grad).norm() < tolerance * a.grad.norm()
+
+
+def test_hard_negatives_have_autograds_gradient(rng):
+    query, table = tensors(rng, (4, 5), (30, 5))
+    target, negatives = torch.tensor([1, 2, 3, 4]), torch.tensor([7, 9, 2, 20, 21])
+    assert (negatives == 2).any()
+    for hardness in (0.0, 10.0):
+        assert torch.autograd.gradcheck(lambda q, t: 0.3 * losses.hard_negative_loss(*sample(q, t, target, negatives), hardness) ** 2, (query, table))
+
+
+def test_hard_negatives_with_extreme_scores():
+    """Hardness times the scores reaches tens of thousands; float32 keeps to float64."""
+    g = torch.Generator().manual_seed(0)
+    query, table = torch.randn(8, 16, generator=g, dtype=torch.float64) * 100, torch.randn(60, 16, generator=g, dtype=torch.float64)
+    target, negatives = torch.randint(1, 60, (8,), generator=g), torch.randint(1, 60, (40,), generator=g)
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        q, t = (x.detach().to(dtype).requires_grad_() for x in (query, table))
+        loss = losses.hard_negative_loss(*sample(q, t, target, negatives), 10.0)
+        loss.backward()
+        results.append((loss.detach(), q.grad, t.grad))
+    for exact, rounded in zip(*results):
+        assert (exact - rounded).norm() < 1e-3 * exact.norm()
+
+
+def test_lookup_is_indexing_with_one_gradient(rng):
+    table, = tensors(rng, (9, 3))
+    numbers = [torch.tensor([[1, 5, 0], [5, 5, 2]]), torch.tensor([5, 8]), torch.empty(0, dtype=torch.int64)]
+    found = losses.lookup(table, *numbers)
+    assert [x.shape for x in found] == [(2, 3, 3), (2, 3), (0, 3)] and all(torch.equal(x, table[n]) for x, n in zip(found, numbers))
+    sum((x * (i + 1)).sum() for i, x in enumerate(found)).backward()
+    assert table.grad.sum(1).tolist() == [0, 3, 3, 0, 0, 3 * (3 + 2), 0, 0, 6]  # the padding has none

@@ -38,11 +38,16 @@ class BehaviouralModel(nn.Module):
         """Item vectors that histories are read with, and those that are scored: (N + 1, D) each."""
         read = self.items.weight
         if self.text_map is not None:
-            read = read + F.linear(self.text, self.text_map.weight.to(self.precision)).float()
-        return read, F.normalize(read, dim=1) / self.temperature if self.temperature else read
+            read = read + F.linear(self.text, self.text_map.weight.to(self.precision))
+        return read, self.scored(read)
 
-    def forward(self, history, read=None):
-        vectors = F.embedding(history, self.items.weight if read is None else read)
+    def scored(self, read):
+        """Vectors that are scored, from those that histories are read with: (..., D)."""
+        return F.normalize(read, dim=-1) / self.temperature if self.temperature else read
+
+    def forward(self, history, vectors=None):
+        """vectors (B, L, D): the history's item vectors, if they are not the table's own."""
+        vectors = self.items(history) if vectors is None else vectors
         interests, routing = self.backbone(vectors, history > 0)
         if self.dynamic:
             interests, routing = by_length(interests, history), by_length(routing, history)
@@ -95,7 +100,7 @@ class Popularity(nn.Module):
     def tables(self):
         return self.items.weight, self.items.weight
 
-    def forward(self, history, read=None):
+    def forward(self, history, vectors=None):
         share = (history > 0).float()[:, None]  # (B, 1, L)
         return torch.ones_like(history[:, :1, None], dtype=torch.float32), share / share.sum(2, keepdim=True).clamp(min=1)
 

@@ -37,15 +37,14 @@ class Teacher(nn.Module):
         """Explicit interests of each user's typical user, cluster (B,) -> (B, M, D) and mask (B, M)."""
         index = self.interest_index[cluster]  # (B, M), -1 where there is none
         mask = (index >= 0) & (cluster >= 0)[:, None]
-        e = self.project(self.interest_vectors[index[mask]])  # (real interests, D), Eq. 4; padding costs nothing
-        rows = e.new_zeros(*index.shape, 4 * self.args.dim)
-        rows[mask] = torch.cat([e, self.attention(e)], 1)
-        e, query, key, value = rows.chunk(4, 2)  # (B, M, D) each
-        scores = query @ key.transpose(1, 2) / math.sqrt(e.shape[2])  # (B, M, M), Eq. 7
+        e = self.project(self.interest_vectors[index.clamp(min=0)])  # (B, M, D), Eq. 4
+        query, key, value = self.attention.weight.chunk(3)  # (D, D) each
+        # Q K^T = E (W_q^T W_k) E^T and A V = (A E) W_v^T: two products with E instead of three, and nothing wider than E.
+        scores = e @ (query.T @ key / math.sqrt(e.shape[2])) @ e.transpose(1, 2)  # (B, M, M), Eq. 7
         scores = scores.masked_fill(~mask[:, None], torch.finfo(e.dtype).min)
         # The attention adds to each interest what the others say. Without the sum, the value map first has to learn to give
         # back what the projection already knows: on Beauty the semantic loss stays higher (.68 against .65).
-        return e + scores.softmax(2) @ value, mask
+        return e + F.linear(scores.softmax(2) @ e, value), mask
 
     def forward(self, implicit, target, target_id_vector, cluster):
         """Loss terms of both tasks, dict of scalars.
@@ -54,8 +53,7 @@ class Teacher(nn.Module):
         ID embeddings; cluster (B,): the users' clusters, -1 for none.
         """
         args = self.args
-        titles = self.project(self.item_text)  # (N + 1, D)
-        target_text_vector = titles[target]  # e^T_t, (B, D); target_id_vector is e^T_i
+        target_text_vector = self.project(self.item_text[target])  # e^T_t, (B, D); target_id_vector is e^T_i
         distinct, row = cluster.unique(return_inverse=True)  # users of one cluster share a set
         explicit, mask = (x.index_select(0, row) for x in self.explicit(distinct))
         has_title = self.item_has_text[target]
@@ -63,18 +61,20 @@ class Teacher(nn.Module):
         taught = losses.read_out(explicit, target_text_vector, mask, args.soft_read_out)  # (B, D), Eq. 8
         terms = {}
         if not args.no_semantic_prediction:
-            terms["semantic"] = losses.softmax_loss(taught, titles, target, self.no_title, keep, self.precision)  # Eq. 9
+            # The product with all projected titles, with the map on its other side: then no title is projected.
+            query = taught @ self.projection.weight  # (B, d_t)
+            terms["semantic"] = losses.softmax_loss(query, self.item_text, target, self.no_title, keep, self.precision)  # Eq. 9
         # A pair with the same target, or taught by the same typical user, is no negative of each other.
         same_target = target[:, None] == parallel.gather(target)  # (B, W), W rows of all ranks
         same_teacher = cluster[:, None] == parallel.gather(cluster)
         if not (args.no_alignment or args.no_align_user):
-            terms["align_user"] = (  # Eq. 10 and 12, explicit against implicit read-out
-                args.alpha * losses.info_nce(taught, implicit, same_target | same_teacher, args.temperature, keep)
-                + args.beta * losses.cosine_distance(taught, implicit, keep))
+            # Eq. 10 and 12, explicit against implicit read-out
+            info_nce, distance = losses.alignment(taught, implicit, same_target | same_teacher, args.temperature, keep)
+            terms["align_user"] = args.alpha * info_nce + args.beta * distance
         if not (args.no_alignment or args.no_align_item):
-            terms["align_item"] = (  # Eq. 11 and 12, title against ID embedding; only the target matters here
-                args.alpha * losses.info_nce(target_text_vector, target_id_vector, same_target, args.temperature, has_title)
-                + args.beta * losses.cosine_distance(target_text_vector, target_id_vector, has_title))
+            # Eq. 11 and 12, title against ID embedding; only the target matters here
+            info_nce, distance = losses.alignment(target_text_vector, target_id_vector, same_target, args.temperature, has_title)
+            terms["align_item"] = args.alpha * info_nce + args.beta * distance
         return terms
 
 

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import parallel
-from .base import Backbone
+from .base import Backbone, Events
 
 
 class ComiRecSA(Backbone):
@@ -20,16 +20,13 @@ class ComiRecSA(Backbone):
 
     def forward(self, vectors, mask):
         vectors = self.dropout(vectors)
-        placed = vectors + self.position
-        # A finite minimum, not -inf: an all-padding history then gives the mean of zero vectors instead of NaN.
-        least = torch.finfo(placed.dtype).min
-        if self.training:  # three quarters of a training batch are padding, so only real events are computed
-            scores = placed.new_full((*mask.shape, self.heads.out_features), least)
-            scores[mask] = self.heads(torch.tanh(self.hidden(placed[mask])))  # (B, L, K)
-        else:  # the same in fixed shapes, for the export
-            scores = self.heads(torch.tanh(self.hidden(placed))).masked_fill(~mask[:, :, None], least)
+        events = Events(mask, fixed=not self.training)
+        hidden = 2 * torch.sigmoid(2 * self.hidden(events.pack(vectors + self.position))) - 1  # tanh, in a third of its time on a CPU
+        scores = events.unpack(self.heads(hidden))  # (B, L, K)
+        # A finite minimum, not -inf: an all-padding history then has interests of zero instead of NaN.
+        scores = scores.masked_fill(~mask[:, :, None], torch.finfo(scores.dtype).min)
         routing = scores.transpose(1, 2).softmax(2)  # (B, K, L)
-        return routing @ (vectors * mask[:, :, None]), routing
+        return routing * mask[:, None] @ vectors, routing
 
 
 class REMI(ComiRecSA):
