@@ -128,8 +128,12 @@ def render_training(path):
     peer = {r["threads"]: r["steps_per_second"] for r in found["rates"] if r["what"].startswith("plain")}
     rows = [[r["what"], str(r["threads"]), f"{r['steps_per_second']:.0f}", f"{r['spread'][0]:.0f} to {r['spread'][1]:.0f}",
              f"{r['steps_per_second'] / peer[r['threads']]:.1f}"] for r in found["rates"]]
+    best = ""
+    if run := found.get("to_best"):
+        best = (f"\n\n{run['what']}, on {run['threads']} threads: best validation (R@50 {run['recall@50']:.4f}) at step {run['best_iteration']:,} after "
+                f"{run['seconds_to_best']:.0f} s, stopped after {run['seconds_to_stop']:.0f} s; validations took {run['validation_seconds']:.0f} s of that.")
     return (markdown_table(["training step of 128 users, Beauty's shape", "threads", "steps per second", "spread", "to the plain loop"], rows)
-            + f"\n\n{found['machine']}, torch {found['torch']}, medians of {found['rounds']} interleaved rounds.")
+            + f"\n\n{found['machine']}, torch {found['torch']}, medians of {found['rounds']} interleaved rounds.{best}")
 
 
 def replaced(text, begin, end, block):

@@ -113,7 +113,9 @@ def peaks():
 
 def points(n, d=384, seed=0):
     if args.vectors:
-        return np.ascontiguousarray(np.load(args.vectors, allow_pickle=False)[:n])
+        x = np.load(args.vectors, allow_pickle=False)
+        first = np.sort(np.unique(x, axis=0, return_index=True)[1])  # on repeated points scikit-learn oscillates, and its fit takes all iterations
+        return np.ascontiguousarray(x[first[:n]])
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((max(2, n // 40), d))[rng.integers(0, max(2, n // 40), n)] + 0.9 * rng.standard_normal((n, d))
     return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
