@@ -132,8 +132,12 @@ def render_training(path):
     if run := found.get("to_best"):
         best = (f"\n\n{run['what']}, on {run['threads']} threads: best validation (R@50 {run['recall@50']:.4f}) at step {run['best_iteration']:,} after "
                 f"{run['seconds_to_best']:.0f} s, stopped after {run['seconds_to_stop']:.0f} s; validations took {run['validation_seconds']:.0f} s of that.")
+    growth = ""
+    if grown := found.get("growth"):
+        grown = [[r["what"], str(r["threads"]), f"{r['steps_per_second']:.3g}"] for r in grown]
+        growth = "\n\n" + markdown_table([f"growth, medians of {found['growth_rounds']}", "threads", "steps per second"], grown)
     return (markdown_table(["training step of 128 users, Beauty's shape", "threads", "steps per second", "spread", "to the plain loop"], rows)
-            + f"\n\n{found['machine']}, torch {found['torch']}, medians of {found['rounds']} interleaved rounds.{best}")
+            + f"\n\n{found['machine']}, torch {found['torch']}, medians of {found['rounds']} interleaved rounds.{best}{growth}")
 
 
 def replaced(text, begin, end, block):
