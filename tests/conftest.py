@@ -2,6 +2,7 @@
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,10 @@ sys.path.insert(0, str(ROOT / "stages"))
 
 from eimf.artifacts import save_array  # noqa: E402
 from tiny import finished_stage, write_dataset  # noqa: E402
+
+# A shell starts what it puts in the background with SIGINT ignored; tests of Ctrl-C would then wait for ever, as would the programs they start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
