@@ -81,9 +81,10 @@ def test_make_results_renders_and_checks(make_results, tmp_path):
 
 def test_make_results_renders_the_cores_speed(make_results):
     machine = {"cpu": "Some CPU", "kernel": "avx2", "threads": 2, "clock": "wall", "rounds": 5, "fma_gflops": 117.4, "memory_gbs": 46.8, "load": 0.2}
-    row = {"items": 12101, "eimf users/s": 14999.6, "torch users/s": None, "share of peak": .815, "one user, prepared, ms": .0866}
+    row = {"items": 12101, "eimf users/s": 14999.6, "torch users/s": None, "eimf, float products alone users/s": 7000.4,
+           "share of peak, float products alone": .815, "one user, prepared, ms": .0866}
     text = make_results("core", {"scoring": {"machine": machine, "rows": [row]}})
-    assert "| 12101 |  | 15000 |  |  |  | 82% | 0.09 |" in text
+    assert "| 12101 |  | 15000 |  |  |  | 7000 | 82% | 0.09 |" in text
     assert "Some CPU, avx2, wall clock, medians of 5, peak 117 GFLOP/s and 47 GB/s" in text
 
 
@@ -111,8 +112,15 @@ def test_make_results_renders_the_servers_speed(make_results):
 def test_make_results_renders_the_training_speed(make_results):
     rates = [{"what": "REMI", "threads": 1, "steps_per_second": 80.2, "spread": [79.0, 82.0]},
              {"what": "plain PyTorch loop", "threads": 1, "steps_per_second": 20.0, "spread": [19.0, 21.0]}]
-    text = make_results("training", {"machine": "Some CPU, 2 cores", "torch": "2.13.0", "rounds": 3, "rates": rates})
+    found = {"machine": "Some CPU, 2 cores", "torch": "2.13.0", "rounds": 3, "rates": rates}
+    text = make_results("training", found)
     assert "| REMI | 1 | 80 | 79 to 82 | 4.0 |" in text and "Some CPU, 2 cores, torch 2.13.0, medians of 3" in text
+    assert "best validation" not in text and "growth" not in text
+    best = {"what": "EIMF(REMI)", "threads": 2, "best_iteration": 6000, "recall@50": .2381, "seconds_to_best": 109.6, "iterations": 8000,
+            "seconds_to_stop": 142.7, "validation_seconds": 3.2}
+    growth = [{"what": "REMI, 1,000,000 items", "threads": 2, "steps_per_second": 2.4, "spread": [2.4, 2.4]}]
+    text = make_results("training", found | {"to_best": best, "growth": growth, "growth_rounds": 1})
+    assert "(R@50 0.2381) at step 6,000 after 110 s, stopped after 143 s; validations took 3 s" in text and "| REMI, 1,000,000 items | 2 | 2.4 |" in text
 
 
 @pytest.mark.slow
