@@ -167,6 +167,7 @@ public:
     int32_t scan(size_t next) {
         int32_t largest = 0;
         for (Panel panel; panel.fill(p, next);) {
+            if (!panel.valid) continue;
             const float *values = packed.data(), *bias = panel.bias;
             if (p.panels) values = p.panels + panel.first * p.d, bias = NO_BIAS;
             else largest = std::max(largest, kernels.pack(panel.item, p.d, packed.data()));
@@ -236,6 +237,7 @@ public:
         };
         size_t next = 0;
         for (Panel panel; scored <= users * (MOST_SCORED + next / MOST_SHARE) && panel.fill(p, next);) {
+            if (!panel.valid) continue;
             if (!p.quantized) {
                 kernels.pack(panel.item, p.d, packed.data());
                 own.set(kernels, 0, packed.data());

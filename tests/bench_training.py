@@ -7,8 +7,9 @@
 
 Data sets are random, in the shape of Beauty's (17,890 training users, 12,101 items, MiniLM's 384 dimensions, 537 clusters of 16
 interests). A rate is that of `python stages/06_train.py` itself: the seconds between its first and second validation, the checkpoint
-between them included. The rounds are interleaved, and the median is reported. The peer is the arithmetic of REMI at the settings of its authors' code (1,280 sampled
-negatives, batch 128), written as such loops usually are: users one by one in Python, every score kept for autograd, plain Adam.
+between them included. The rounds are interleaved, and the median is reported. The peer is the arithmetic of REMI at the settings of its
+authors' code (1,280 sampled negatives, batch 128), written as such loops usually are: users one by one in Python, every score kept for
+autograd, plain Adam.
 """
 import argparse
 import json

@@ -46,7 +46,7 @@ def parse_arguments(argv):
     parser.add_argument("--preferences", type=float, nargs="*", default=[0.5, 0.1, 0.01, 0, 5],
                         help="quantiles of the similarities, or above 1 so many times the lowest one; lower preferences give fewer clusters")
     parser.add_argument("--damping", type=float, default=0.5)
-    parser.add_argument("--vectors", help="float32 (n, d) .npy file to take the points from")
+    parser.add_argument("--vectors", help="float32 (n, d) .npy file to take the points from; repeated rows are left out")
     parser.add_argument("--fit-below", type=int, default=6000, help="time scikit-learn's whole fit up to so many points")
     parser.add_argument("--items", type=int, nargs="*", default=[12_101, 100_000, 1_000_000], help="catalogue sizes for scoring")
     parser.add_argument("--batch", type=int, default=512, help="users per call")
