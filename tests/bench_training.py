@@ -31,7 +31,9 @@ from torch import nn
 
 from eimf.artifacts import load_json, load_lines, machine, save_array, save_json, save_lines
 
-TRAIN = "--text-dim 128 --max-iterations 8000"  # of data/experiments.py
+sys.path.insert(0, str(ROOT / "data"))
+from experiments import TRAIN  # noqa: E402
+
 USERS, ITEMS, TEXT, CLUSTERS, PER_CLUSTER = 22363, 12101, 384, 537, 16
 
 
