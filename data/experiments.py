@@ -4,7 +4,10 @@ A run is one training and its evaluation: a data set under one split, a variant 
 are `<data set>[-<split>][-<variant>]/06_train/<model>-s<seed>/` and `.../07_evaluate/<model>-s<seed>/`. To add an experiment, add a line
 to MODELS, VARIANTS or GROUPS.
 """
+import json
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 # The paper's name of a data set -> the name in its raw files' names. `sample` is the built-in one, for trying this out.
 DATASETS = {"Office": "Office_Products", "Beauty": "Beauty", "Grocery": "Grocery_and_Gourmet_Food", "sample": "sample"}
@@ -16,7 +19,7 @@ TRAIN = "--text-dim 128 --max-iterations 8000"
 BASELINES = ("pop", "dnn", "gru4rec", "sasrec", "bert4rec", "llm2bert4rec", "mind", "comirec-sa", "remi")
 OTHERS = ("comirec-dr", "sine", "bert4rec-cloze")  # backbones that the paper's tables do not have
 TAUGHT = ("remi", "bert4rec", "sasrec", "mind")  # backbones with EIMF, Table 4
-MORE_TAUGHT = tuple(b for b in (*BASELINES, *OTHERS) if b != "pop" and b not in TAUGHT)
+ALL = tuple(b for b in (*BASELINES, *OTHERS) if b != "pop")
 CONTROLS = ("remi-eimf-random-text", "remi-eimf-shuffled-clusters")
 ABLATIONS = ("remi-eimf-no-alignment", "remi-eimf-no-semantic-prediction", "remi-eimf-no-align-item", "remi-eimf-no-align-user")
 
@@ -24,11 +27,14 @@ BEST = ("remi-best", "remi-best-eimf", "remi-best-eimf-random-text", "remi-best-
 
 # Model -> arguments of stage 06.
 MODELS = {b: f"--backbone {b}" for b in (*BASELINES, *OTHERS)}
-MODELS |= {f"{b}-eimf": f"--backbone {b} --eimf" for b in (*TAUGHT, *MORE_TAUGHT)}
+MODELS |= {f"{b}-eimf": f"--backbone {b} --eimf" for b in TAUGHT}
 MODELS |= {m: f"--backbone remi --eimf --control {m.removeprefix('remi-eimf-')}" for m in CONTROLS}
 MODELS |= {m: f"--backbone remi --eimf --{m.removeprefix('remi-eimf-')}" for m in ABLATIONS}
 MODELS |= {m: MODELS[m.replace("-best", "")] + " --recipe best --text-dim 0" for m in BEST}
-NEED_TEXT = {m for m, flags in MODELS.items() if "--eimf" in flags} | {"llm2bert4rec", "remi-best"}  # stages 02-05 come first
+# With the settings that data/tune.py chose for the backbone on the data set; EIMF takes its backbone's, and has no search of its own.
+TUNED = tuple(f"{b}-tuned{eimf}" for b in ALL for eimf in ("", "-eimf"))
+MODELS |= {m: f"--backbone {m.partition('-tuned')[0]} TUNED" + " --eimf" * m.endswith("-eimf") for m in TUNED}
+NEED_TEXT = {m for m, flags in MODELS.items() if "--eimf" in flags} | {"llm2bert4rec", "llm2bert4rec-tuned", "remi-best"}  # stages 02-05 come first
 
 # Variant -> arguments of stages 03 and 04 in place of the main ones, and further ones of 06. The main variant, "", has 3 % typical users (stage 03's
 # default) and recorded LLM answers where there are any for the data set, else the offline summariser.
@@ -64,7 +70,7 @@ GROUPS = (
     Group("fig3", 3, PAPER, ("remi-eimf", *ABLATIONS)),
     Group("fig4", 3, ("Office",), ("remi-eimf",), variants=("", *PREFERENCES)),
     Group("table4", 3, ("Office", "Beauty"), (*TAUGHT, *(f"{b}-eimf" for b in TAUGHT))),
-    Group("backbones", 5, PAPER, tuple(m for b in (*TAUGHT, *MORE_TAUGHT) for m in (b, f"{b}-eimf")), splits=("file-order", "random")),
+    Group("backbones", 3, PAPER, TUNED, splits=("file-order", "random")),
     Group("splits", 6, PAPER, BASELINES, splits=("random",)),
 )
 # The sample stands in for every data set of a group.
@@ -77,6 +83,26 @@ GUESSED_EIMF = 2.2  # an EIMF run takes so many times as long
 def folder_of(dataset, split, variant=""):
     """Name of the data folder."""
     return "-".join(filter(None, [DATASETS[dataset], split if split != "random" else "", variant]))
+
+
+def tuning_path(dataset):
+    """Where data/tune.py keeps what it found for a data set."""
+    return Path(__file__).parent / "results" / f"tuning-{dataset}.json"
+
+
+@cache
+def tuning(dataset):
+    """{backbone: what data/tune.py found}, empty if it was not run on the data set."""
+    path = tuning_path(dataset)
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def arguments(dataset, model):
+    """Arguments of stage 06 for a model on a data set; None if they are to be tuned and are not."""
+    if "TUNED" not in MODELS[model]:
+        return MODELS[model]
+    found = tuning(dataset).get(model.partition("-tuned")[0])
+    return found and MODELS[model].replace("TUNED", found["flags"])
 
 
 @dataclass(frozen=True)
@@ -113,7 +139,7 @@ def plan(datasets=PAPER, only=NAMES, seeds=5, recorded=("Office",)):
                 for variant in group.variants:
                     if variant == "phrases" and dataset not in recorded:
                         continue
-                    for model in group.models:
+                    for model in (m for m in group.models if arguments(dataset, m) is not None):
                         for seed in range(1 if model == "pop" else seeds):
                             run = Run(dataset, split, variant, model, seed)
                             rank, groups = found.get(run, (group.rank + seed, ()))

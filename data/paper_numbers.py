@@ -7,6 +7,7 @@
                  deviation over seeds; cost; commit, machine and commands behind it
     comparisons  pairs of models on the same test users and seeds: gain in Recall@50, interval, p-values as they are and
                  adjusted by Holm within the table, data set and split; verdict
+    tuning       data set -> what data/tune.py found
     clusters     folder -> what stages 03 and 04 did: typical users, preference, LLM calls
     remaining    group -> runs left and their estimated seconds
 """
@@ -19,7 +20,7 @@ from eimf.artifacts import load_array, load_json, load_lines
 from eimf.data import load_interactions, range_positions
 from eimf.published import BEST_PREFERENCE, STATISTICS, published
 from eimf.statistics import LEVEL, bootstrap, holm, paired_p
-from experiments import ABLATIONS, BASELINES, BEST, CONTROLS, MORE_TAUGHT, PREFERENCES, TAUGHT, folder_of
+from experiments import ABLATIONS, ALL, BASELINES, BEST, CONTROLS, PREFERENCES, TAUGHT, folder_of, tuning
 
 METRICS = ("recall@20", "recall@50", "hr@20", "hr@50", "ndcg@20", "ndcg@50", "ndcg_published@20", "ndcg_published@50")
 TESTED = "recall@50"  # the one metric that is tested; the paper selects models by it too
@@ -138,10 +139,18 @@ def contrasts(keys):
         main = (*place, *MAIN)
         for b in (("", "remi"), *(("", c) for c in CONTROLS), ("random-typical", "remi-eimf"), ("phrases", "remi-eimf")):
             yield "help", main, (*place, *b)
-        for b in (*TAUGHT[1:], *MORE_TAUGHT):  # the first is tested under "help"
+        for b in TAUGHT[1:]:  # the first is tested under "help"
             yield "table4", (*place, "", f"{b}-eimf"), (*place, "", b)
         for a, b in (("remi-best", "remi"), ("remi-best-eimf", "remi-eimf"), *(("remi-best-eimf", b) for b in BEST if b != "remi-best-eimf")):
             yield "best", (*place, "", a), (*place, "", b)
+        found = tuning(place[0])
+        for b in ALL:
+            yield "tuned", (*place, "", f"{b}-tuned"), (*place, "", b)
+            yield "taught", (*place, "", f"{b}-tuned-eimf"), (*place, "", f"{b}-tuned")
+        if found:
+            strongest = max(found, key=lambda b: found[b]["recall@50"])
+            yield "strongest", (*place, "", "remi-best"), (*place, "", f"{strongest}-tuned")
+            yield "strongest", (*place, "", f"{strongest}-tuned-eimf"), (*place, "", f"{strongest}-tuned")
         for b in ABLATIONS:
             yield "fig3", main, (*place, "", b)
         for variant in PREFERENCES:
@@ -224,6 +233,7 @@ def collect(args, runs, tasks, state, remaining):
                 comparisons.append(compare("parts", (*place, *MAIN), (*place, "", "remi"), row["remi-eimf"], row["remi"], kind=kind, part=name))
     return {"datasets": datasets, "models": [model_entry(results, key, tasks, state) for key in keys],
             "comparisons": adjust([c for c in comparisons if c]), "parts": parts, "clusters": clusters,
+            "tuning": {d: found for d in args.datasets if (found := tuning(d))},
             "no_titles": sorted(d for d, facts in datasets.items() if not facts["stats"].get("items_with_title")),
             "remaining": {g: [n, rounded(s, 0)] for g, (n, s) in remaining.items()}, "seeds": args.seeds, "train_args": args.train_args,
             "asked": {"datasets": list(args.datasets), "groups": list(args.only)}}

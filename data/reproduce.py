@@ -34,7 +34,7 @@ import experiments  # noqa: E402
 import paper_numbers  # noqa: E402
 import paper_report  # noqa: E402
 from eimf.artifacts import load_json, load_lines, run as run_main, save_json  # noqa: E402
-from experiments import DATASETS, GUESSED_EIMF, GUESSED_SECONDS, MODELS, NAMES, NEED_TEXT, PAPER, VARIANTS, folder_of  # noqa: E402
+from experiments import DATASETS, GUESSED_EIMF, GUESSED_SECONDS, MODELS, NAMES, NEED_TEXT, PAPER, VARIANTS, arguments, folder_of  # noqa: E402
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 TEXT_STAGES = ("02_encode_text", "03_cluster_users", "04_infer_interests", "05_encode_interests")
@@ -136,7 +136,7 @@ def tasks_of(runs, args, answers):
             prepare(dataset, "file-order", "", False, 0)
     for run, (rank, _) in runs.items():
         before = prepare(run.dataset, run.split, run.variant, run.model in NEED_TEXT, rank)
-        train = ["stages/06_train.py", "--dataset", run.folder, "--run", run.name, *shlex.split(args.train_args), *shlex.split(MODELS[run.model]),
+        train = ["stages/06_train.py", "--dataset", run.folder, "--run", run.name, *shlex.split(args.train_args), *shlex.split(arguments(run.dataset, run.model)),
                  *shlex.split(VARIANTS[run.variant][2]), "--seed", str(run.seed)]  # the model's own flags win
         tasks[run.folder, run.name] = Task(
             run.folder, run.name, [train, ["stages/07_evaluate.py", "--dataset", run.folder, "--run", run.name]],

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from conftest import run_all
+from eimf.artifacts import UserError
 from tiny import write_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,6 +25,7 @@ import experiments  # noqa: E402
 import paper_numbers  # noqa: E402
 import paper_report  # noqa: E402
 import reproduce  # noqa: E402
+import tune  # noqa: E402
 from experiments import Run, plan  # noqa: E402
 
 # Stands in for every numbered stage: takes a moment, writes down that it started, and leaves the files the runner and the report read.
@@ -117,7 +119,7 @@ def test_plan_orders_by_information_and_shares_runs():
     assert {(r.dataset, r.model, r.seed) for r in first} == set(itertools.product(
         ("Office", "Beauty", "Grocery"), ("remi", "remi-eimf", "remi-eimf-random-text", "remi-eimf-shuffled-clusters"), (0,)))
     shared = runs[Run("Office", "file-order", "", "remi-eimf", 0)][1]
-    assert set(shared) == {"headline", "table3", "fig3", "fig4", "table4", "backbones"}  # one training serves them all
+    assert set(shared) == {"headline", "table3", "fig3", "fig4", "table4"}  # one training serves them all
     assert {r.seed for r in runs if r.model == "pop"} == {0} and {r.seed for r in runs if r.model == "remi"} == {0, 1, 2, 3, 4}
     assert all(r.dataset == "Office" for r in runs if r.variant == "phrases")
     assert not any(r.variant == "phrases" for r in plan(recorded=()))
@@ -133,12 +135,59 @@ def test_stage_06_accepts_every_model(load_script, capsys):
     module, refused = load_script("stages/06_train.py"), []
     for model, flags in experiments.MODELS.items():
         try:
-            args = module.parse([*flags.split(), *experiments.TRAIN.split()])
+            args = module.parse([*flags.replace("TUNED", "--horizon 100").split(), *experiments.TRAIN.split()])
         except SystemExit:
             refused.append((model, capsys.readouterr().err.splitlines()[-1]))
             continue
-        assert args.eimf == ("eimf" in model) and args.backbone == re.sub("-(eimf|best).*", "", model)
+        assert args.eimf == ("eimf" in model) and args.backbone == re.sub("-(eimf|best|tuned).*", "", model)
     assert not refused
+
+
+@pytest.fixture
+def tuning_file(tmp_path, monkeypatch):
+    """data/tune.py's file for a data set, in an empty folder."""
+    monkeypatch.setattr(experiments, "tuning_path", lambda dataset: tmp_path / f"{dataset}.json")
+    experiments.tuning.cache_clear()
+    yield experiments.tuning_path("sample")
+    experiments.tuning.cache_clear()
+
+
+def test_tuning_is_greedy_and_gives_all_the_same_trainings(monkeypatch, tuning_file):
+    """A made-up validation score: the horizon helps, dropout helps most at .3, whatever else costs a little."""
+    asked = []
+
+    def trial(args, dataset, backbone, number, flags):
+        asked.append((backbone, number))
+        score = .1 + .02 * ("--horizon" in flags) + .01 * ("--dropout 0.3" in flags) - .001 * ("--loss" in flags) - .002 * ("--learning-rate" in flags)
+        return {"flags": flags, "recall@50": score - .001 * ("--init-std" in flags) - .001 * ("--average" in flags), "best_iteration": 200, "minutes": 1.0}
+
+    monkeypatch.setattr(tune, "trial", trial)
+    args = tune.parse(["--backbones", "sasrec,mind"])
+    for backbone in args.backbones:
+        found = tune.tune(args, "sample", backbone)
+        assert found["flags"] == "--horizon 100 --dropout 0.3" and found["recall@50"] == pytest.approx(.13)
+        assert [t["flags"] for t in found["trials"]][:4] == ["", "--horizon 100", "--horizon 100 --dropout 0.3", "--horizon 100 --dropout 0.5"]
+    assert asked == [(b, n) for b in ("sasrec", "mind") for n in range(len(tune.TRIALS))]
+
+
+def test_tuned_models_are_planned_with_what_was_found(tuning_file):
+    assert not [r for r in plan(("sample",), ("backbones",), 1)] and experiments.arguments("sample", "mind-tuned") is None
+    tuning_file.write_text(json.dumps({"mind": {"flags": "--horizon 100", "recall@50": .2, "trials": []}}))
+    experiments.tuning.cache_clear()
+    assert {r.model for r in plan(("sample",), ("backbones",), 1)} == {"mind-tuned", "mind-tuned-eimf"}
+    assert experiments.arguments("sample", "mind-tuned-eimf") == "--backbone mind --horizon 100 --eimf"
+
+
+def test_tuned_models_in_the_report(tuning_file):
+    """The strongest on validation users is what the best recipe and EIMF are held against."""
+    tuning_file.write_text(json.dumps({b: {"flags": "--dropout 0.3", "recall@50": v, "trials": [{"recall@50": .1, "minutes": 2.0}]}
+                                       for b, v in (("mind", .2), ("sasrec", .3))}))
+    keys = [("sample", "random", "", m) for m in ("mind-tuned", "sasrec-tuned", "sasrec-tuned-eimf", "remi-best")]
+    found = [(f, a[3], b[3]) for f, a, b in paper_numbers.contrasts(keys) if a in keys and b in keys]
+    assert found == [("taught", "sasrec-tuned-eimf", "sasrec-tuned"), ("strongest", "remi-best", "sasrec-tuned"),
+                     ("strongest", "sasrec-tuned-eimf", "sasrec-tuned")]
+    text = paper_report.to_markdown("t", paper_report.blocks(numbers([]) | {"tuning": {"sample": experiments.tuning("sample")}}))
+    assert "| MIND | .1000 | .2000 | `--dropout 0.3` | 1 | 2 |" in text
 
 
 def test_budgets_are_read(capsys):
@@ -297,7 +346,7 @@ def numbers(comparisons):
     stats = {"users": 4905, "items": 2420, "interactions": 53258, "items_with_title": 2417}
     return {"datasets": {"Office": {"stats": stats, "matches": "Office", "paper": (4905, 2420, 53258), "best_preference": (-2, .2492),
                                     "published": {"remi-eimf": {"recall@50": .2296}}}},
-            "models": models, "comparisons": comparisons, "parts": [], "clusters": {}, "no_titles": [], "remaining": {"fig3": [4, 3600.0]}, "seeds": 5,
+            "models": models, "comparisons": comparisons, "parts": [], "clusters": {}, "tuning": {}, "no_titles": [], "remaining": {"fig3": [4, 3600.0]}, "seeds": 5,
             "train_args": "--patience 20", "asked": {}}
 
 
@@ -397,3 +446,18 @@ def test_the_sample_from_run_all_to_the_report(sample):
     done = run_all(checkout, *arguments)
     assert done.returncode == 0 and "0 to go" in done.stdout
     assert {p: p.stat().st_mtime_ns for p in root.glob("0?_*/*/manifest.json")} == before
+
+
+def test_tuning_trains_once(tiny, monkeypatch, tuning_file):
+    """Two settings of one backbone, really trained; a second call trains nothing."""
+    monkeypatch.setattr(tune, "TRIALS", ("", "--dropout 0.5"))
+    monkeypatch.setattr(tune, "folder_of", lambda dataset, split: "tiny")
+    arguments = ["--datasets", "sample", "--backbones", "dnn", "--data-dir", str(tiny), "--train-args", "--dim 16 --max-iterations 60 --validate-every 30"]
+    tune.main(arguments)
+    found = json.loads(tuning_file.read_text())["dnn"]
+    assert [t["flags"] for t in found["trials"]] == ["", "--dropout 0.5"] and 0 < found["recall@50"] == max(t["recall@50"] for t in found["trials"])
+    times = [p.stat().st_mtime_ns for p in (tiny / "tiny/06_train").glob("dnn-tune-*/model.pt2")]
+    tune.main(arguments)
+    assert len(times) == 2 and times == [p.stat().st_mtime_ns for p in (tiny / "tiny/06_train").glob("dnn-tune-*/model.pt2")]
+    with pytest.raises(UserError, match="has no output of stage 01"):
+        tune.main([*arguments, "--data-dir", str(tiny / "nowhere")])
