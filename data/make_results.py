@@ -4,7 +4,8 @@
     python data/make_results.py --check    # exits 1 if they are not what data/results/ gives
 
 Reads   data/results/numbers.json, which bash run_all.sh --reproduce --publish writes; core.json, of csrc/bench/bench.py --json; llm.json, of
-        tests/measure_llm_throughput.py --out; Office_Products[-file-order].json, summary.json of stage 07 after the command in the README; serving.json, of tests/measure_serving.py; training.json, of tests/bench_training.py
+        tests/measure_llm_throughput.py --out; Office_Products[-file-order].json, summary.json of stage 07 after the command in the README; tuning-*.json, of data/tune.py,
+        through numbers.json; serving.json, of tests/measure_serving.py; training.json, of tests/bench_training.py
 Writes  the blocks of README.md between the markers of the same names; `results` is that of numbers.json
 """
 import argparse
@@ -16,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "stages"), str(ROOT / "data")]
 
 from eimf.report import markdown_table, p_value  # noqa: E402
-from experiments import CONTROLS  # noqa: E402
+from experiments import ALL, CONTROLS  # noqa: E402
 
 COLUMNS = {"recall@20": "R@20", "recall@50": "R@50", "ndcg@50": "NDCG@50", "hr@20": "HR@20", "hr@50": "HR@50"}
 MODELS = ("pop", "remi", "remi-eimf", *CONTROLS, "remi-best", "remi-best-eimf")
@@ -60,6 +61,30 @@ def render(path):
                             f"over users {p_value(c['p_users_holm'])}{over_seeds}): **{c['verdict']}**.")
         parts.append("\n\n".join([f"**{place[0]}, {place[1]} split**", markdown_table(["model", "seeds", *COLUMNS.values()], rows), *["\n".join(said)] * bool(said)]))
     return "\n\n".join([*parts, found["headline"]])
+
+
+def render_backbones(path):
+    """Every backbone's test Recall@50: the default settings, tuned, both with EIMF, and the paper's."""
+    found, parts = json.loads(path.read_text(encoding="utf-8")), []
+    for place in [(d, split) for split in ("file-order", "random") for d in found["datasets"]]:
+        models = {m["model"]: m for m in found["models"] if (m["dataset"], m["split"], m["variant"]) == (*place, "")}
+        published = found["datasets"][place[0]]["published"] if place[1] == "file-order" else {}
+        gains = {c["a"][1]: c for c in found["comparisons"] if c["family"] == "taught" and (c["dataset"], c["split"]) == place}
+        rows = []
+        for b in [b for b in ALL if {b, f"{b}-tuned"} & models.keys()]:
+            cells = [f"{m['metrics']['recall@50']['mean']:.4f}" + (f" ± {m['metrics']['recall@50']['sd']:.4f}" if m["metrics"]["recall@50"]["sd"] is not None else "")
+                     + f" ({len(m['seeds'])})" if (m := models.get(name)) else "" for name in (b, f"{b}-eimf", f"{b}-tuned", f"{b}-tuned-eimf")]
+            paper = [f"*{published[name]['recall@50']:.4f}*" if name in published else "" for name in (b, f"{b}-eimf")]
+            gain = gains.get(f"{b}-tuned-eimf")
+            rows.append([b, *cells, f"{gain['gain']:+.4f}, {gain['verdict']}" if gain else "", *paper])
+        if rows:
+            header = ["backbone", "default", "with EIMF", "tuned", "tuned, with EIMF", "gain of EIMF when tuned", "*paper*", "*paper, EIMF*"]
+            parts += [f"**{place[0]}, {place[1]} split**", markdown_table(header, rows)]
+    for dataset, tuning in found["tuning"].items():
+        kept = "; ".join(f"{b} `{f['flags']}`" if f["flags"] else f"{b} its defaults" for b, f in tuning.items())
+        trainings, minutes = {len(f["trials"]) for f in tuning.values()}, sum(t["minutes"] for f in tuning.values() for t in f["trials"])
+        parts.append(f"Tuned on {dataset}'s validation users with {' to '.join(map(str, sorted(trainings)))} trainings of each backbone ({minutes:.0f} minutes in all, one thread each): {kept}.")
+    return "\n\n".join(parts)
 
 
 def render_offline(folder):
@@ -162,7 +187,7 @@ def main(argv=None):
     print(f"wrote the blocks of {readme}")
 
 
-BLOCKS = {"results": ("numbers.json", render), "offline": ("", render_offline), "core": ("core.json", render_core), "llm": ("llm.json", render_llm), "serving": ("serving.json", render_serving),
+BLOCKS = {"results": ("numbers.json", render), "backbones": ("numbers.json", render_backbones), "offline": ("", render_offline), "core": ("core.json", render_core), "llm": ("llm.json", render_llm), "serving": ("serving.json", render_serving),
           "training": ("training.json", render_training)}
 
 if __name__ == "__main__":
