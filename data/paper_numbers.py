@@ -11,6 +11,7 @@
     clusters     folder -> what stages 03 and 04 did: typical users, preference, LLM calls
     remaining    group -> runs left and their estimated seconds
 """
+import re
 import shlex
 from collections import defaultdict
 
@@ -20,7 +21,7 @@ from eimf.artifacts import load_array, load_json, load_lines
 from eimf.data import load_interactions, range_positions
 from eimf.published import BEST_PREFERENCE, STATISTICS, published
 from eimf.statistics import LEVEL, bootstrap, holm, paired_p
-from experiments import ABLATIONS, ALL, BASELINES, BEST, CONTROLS, PREFERENCES, TAUGHT, folder_of, tuning
+from experiments import ABLATIONS, ALL, BASELINES, BEST, CONTROLS, PAPER, PREFERENCES, TAUGHT, folder_of, tuning
 
 METRICS = ("recall@20", "recall@50", "hr@20", "hr@50", "ndcg@20", "ndcg@50", "ndcg_published@20", "ndcg_published@50")
 TESTED = "recall@50"  # the one metric that is tested; the paper selects models by it too
@@ -200,6 +201,12 @@ def cluster_facts(data_dir, folder):
             "calls": usage["prompts"], "fallback": usage["fallback"], "interests": rounded(usage.get("interests_mean"), 2)}
 
 
+def has_foreign_ids(folder):
+    """Whether the items of one of the paper's data sets have other ids than Amazon's ten characters."""
+    items = load_lines(folder / "01_preprocess" / "items.jsonl")
+    return any(not re.fullmatch("[0-9A-Z]{10}", item["id"]) for item in items if item)
+
+
 def collect(args, runs, tasks, state, remaining):
     """All numbers. `tasks`: {Run: Task}; `remaining`: {group: (runs, seconds)}."""
     results = Results(args.data_dir, [run for run in runs if state.outcome(tasks[run]) == "done"])
@@ -235,5 +242,6 @@ def collect(args, runs, tasks, state, remaining):
             "comparisons": adjust([c for c in comparisons if c]), "parts": parts, "clusters": clusters,
             "tuning": {d: found for d in args.datasets if (found := tuning(d))},
             "no_titles": sorted(d for d, facts in datasets.items() if not facts["stats"].get("items_with_title")),
+            "foreign_ids": sorted(d for d in datasets if d in PAPER and has_foreign_ids(args.data_dir / folder_of(d, "file-order"))),
             "remaining": {g: [n, rounded(s, 0)] for g, (n, s) in remaining.items()}, "seeds": args.seeds, "train_args": args.train_args,
             "asked": {"datasets": list(args.datasets), "groups": list(args.only)}}

@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 
 from eimf.artifacts import atomic, save_json
 from eimf.report import COLOURS, figure, html_page, markdown_table, p_value
-from experiments import ABLATIONS, ALL, BASELINES, BEST, CONTROLS, NAMES, OTHERS, PREFERENCES, TAUGHT, folder_of
+from experiments import ABLATIONS, ALL, BASELINES, BEST, CONTROLS, NAMES, NEED_TEXT, OTHERS, PREFERENCES, TAUGHT, folder_of
 
 LABELS = {"pop": "Pop", "dnn": "DNN", "gru4rec": "GRU4Rec", "sasrec": "SASRec", "bert4rec": "BERT4Rec", "llm2bert4rec": "LLM2BERT4Rec",
           "mind": "MIND", "comirec-sa": "ComiRec-SA", "remi": "REMI", "comirec-dr": "ComiRec-DR", "sine": "SINE", "bert4rec-cloze": "BERT4Rec, cloze task"}
@@ -167,7 +167,7 @@ def model_table(n, dataset, split, models, columns, caption, published=True):
     rows = []
     for model in models:
         entry, paper = n.models.get((dataset, split, "", model)), n.published(dataset).get(model, {}) if published else {}
-        if "eimf" in model and dataset in n.all["no_titles"]:
+        if model in NEED_TEXT and dataset in n.all["no_titles"]:
             cells = ["titles not available here" + (f"\npaper {number(paper[m])}" if m in paper else "") for m in columns]
         else:
             cells = [cell(entry, m, paper.get(m)) for m in columns]
@@ -414,6 +414,8 @@ def run_deviations(n):
     out += [f"All models share the training arguments `{shared}`." if shared else "All models are trained with stage 06's defaults."]
     out += [f"{d} has no item titles here, so its EIMF cells are empty; with the public metadata the same command fills them."
             for d in n.all["no_titles"]]
+    out += [f"{d}'s item ids here are not Amazon's, so its file order, and with it the file-order split, is not the published one; its difference from the "
+            "paper says little." for d in n.all["foreign_ids"]]
     return out + [f"{d}'s counts differ from the paper's, so it is another version of the data."
                   for d, facts in n.all["datasets"].items() if facts["paper"] and not facts["matches"]]
 

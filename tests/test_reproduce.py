@@ -53,6 +53,8 @@ if stage == "01_preprocess":
     untitled = os.environ.get("UNTITLED") == args.dataset
     (folder / "stats.json").write_text(json.dumps({"users": 90, "items": 30, "interactions": 900, "split": "file-order",
                                                    "items_with_title": 0 if untitled else 30}))
+    ids = [f"GROCERY_{i}" if untitled else f"B{i:09d}" for i in range(30)]
+    (folder / "items.jsonl").write_text("".join(json.dumps({"item": i + 1, "id": name}) + "\\n" for i, name in enumerate(ids)))
     import numpy as np
     np.save(folder / "sequence_items.npy", np.arange(900) % 30 + 1)
     np.save(folder / "sequence_offsets.npy", np.arange(91) * 10)
@@ -239,6 +241,7 @@ def test_two_processes_share_the_runs(copy):
     assert len(runs) == len(set(runs)) == 16
     assert len(started(data, "01")) == len(started(data, "02")) == 1
     shares = [len(re.findall(r"/remi.*?: test Recall", out)) for out in outs]
+    assert "ids here are not Amazon's" not in (data / "reproduction/report.md").read_text()
     assert sum(shares) == 16 and min(shares) > 0, shares
     assert all("report:" in out for out in outs)
 
@@ -291,6 +294,7 @@ def test_without_titles_the_eimf_cells_say_so(copy):
     report = (data / "reproduction/report.md").read_text()
     row = next(line for line in report.splitlines() if line.startswith("| EIMF(REMI) |"))
     assert row.count("titles not available here") == 4 and "Whether EIMF helps cannot be said yet" in report
+    assert "Office's item ids here are not Amazon's" in report
 
 
 def wait_for(condition):
@@ -346,7 +350,7 @@ def numbers(comparisons):
     stats = {"users": 4905, "items": 2420, "interactions": 53258, "items_with_title": 2417}
     return {"datasets": {"Office": {"stats": stats, "matches": "Office", "paper": (4905, 2420, 53258), "best_preference": (-2, .2492),
                                     "published": {"remi-eimf": {"recall@50": .2296}}}},
-            "models": models, "comparisons": comparisons, "parts": [], "clusters": {}, "tuning": {}, "no_titles": [], "remaining": {"fig3": [4, 3600.0]}, "seeds": 5,
+            "models": models, "comparisons": comparisons, "parts": [], "clusters": {}, "tuning": {}, "foreign_ids": [], "no_titles": [], "remaining": {"fig3": [4, 3600.0]}, "seeds": 5,
             "train_args": "--patience 20", "asked": {}}
 
 
