@@ -27,7 +27,7 @@ BEST = ("remi-best", "remi-best-eimf", "remi-best-eimf-random-text", "remi-best-
 
 # Model -> arguments of stage 06.
 MODELS = {b: f"--backbone {b}" for b in (*BASELINES, *OTHERS)}
-MODELS |= {f"{b}-eimf": f"--backbone {b} --eimf" for b in TAUGHT}
+MODELS |= {f"{b}-eimf": f"--backbone {b} --eimf" for b in ALL}
 MODELS |= {m: f"--backbone remi --eimf --control {m.removeprefix('remi-eimf-')}" for m in CONTROLS}
 MODELS |= {m: f"--backbone remi --eimf --{m.removeprefix('remi-eimf-')}" for m in ABLATIONS}
 MODELS |= {m: MODELS[m.replace("-best", "")] + " --recipe best --text-dim 0" for m in BEST}
@@ -97,6 +97,12 @@ def tuning(dataset):
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
+def settled(dataset, model):
+    """`model`, or the same without "-tuned" where tuning kept the default settings: that run serves for both."""
+    backbone, _, rest = model.partition("-tuned")
+    return backbone + rest if tuning(dataset).get(backbone, {}).get("flags") == "" else model
+
+
 def arguments(dataset, model):
     """Arguments of stage 06 for a model on a data set; None if they are to be tuned and are not."""
     if "TUNED" not in MODELS[model]:
@@ -139,7 +145,7 @@ def plan(datasets=PAPER, only=NAMES, seeds=5, recorded=("Office",)):
                 for variant in group.variants:
                     if variant == "phrases" and dataset not in recorded:
                         continue
-                    for model in (m for m in group.models if arguments(dataset, m) is not None):
+                    for model in (settled(dataset, m) for m in group.models if arguments(dataset, m) is not None):
                         for seed in range(1 if model == "pop" else seeds):
                             run = Run(dataset, split, variant, model, seed)
                             rank, groups = found.get(run, (group.rank + seed, ()))

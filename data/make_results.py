@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "stages"), str(ROOT / "data")]
 
 from eimf.report import markdown_table, p_value  # noqa: E402
-from experiments import ALL, CONTROLS  # noqa: E402
+from experiments import ALL, CONTROLS, settled  # noqa: E402
 
 COLUMNS = {"recall@20": "R@20", "recall@50": "R@50", "ndcg@50": "NDCG@50", "hr@20": "HR@20", "hr@50": "HR@50"}
 MODELS = ("pop", "remi", "remi-eimf", *CONTROLS, "remi-best", "remi-best-eimf")
@@ -72,10 +72,11 @@ def render_backbones(path):
         gains = {c["a"][1]: c for c in found["comparisons"] if c["family"] == "taught" and (c["dataset"], c["split"]) == place}
         rows = []
         for b in [b for b in ALL if {b, f"{b}-tuned"} & models.keys()]:
+            tuned = [settled(place[0], f"{b}-tuned{eimf}") for eimf in ("", "-eimf")]
             cells = [f"{m['metrics']['recall@50']['mean']:.4f}" + (f" ± {m['metrics']['recall@50']['sd']:.4f}" if m["metrics"]["recall@50"]["sd"] is not None else "")
-                     + f" ({len(m['seeds'])})" if (m := models.get(name)) else "" for name in (b, f"{b}-eimf", f"{b}-tuned", f"{b}-tuned-eimf")]
+                     + f" ({len(m['seeds'])})" if (m := models.get(name)) else "" for name in (b, f"{b}-eimf", *tuned)]
             paper = [f"*{published[name]['recall@50']:.4f}*" if name in published else "" for name in (b, f"{b}-eimf")]
-            gain = gains.get(f"{b}-tuned-eimf")
+            gain = gains.get(tuned[1])
             rows.append([b, *cells, f"{gain['gain']:+.4f}, {gain['verdict']}" if gain else "", *paper])
         if rows:
             header = ["backbone", "default", "with EIMF", "tuned", "tuned, with EIMF", "gain of EIMF when tuned", "*paper*", "*paper, EIMF*"]

@@ -21,7 +21,7 @@ from eimf.artifacts import load_array, load_json, load_lines
 from eimf.data import load_interactions, range_positions
 from eimf.published import BEST_PREFERENCE, STATISTICS, published
 from eimf.statistics import LEVEL, bootstrap, holm, paired_p
-from experiments import ABLATIONS, ALL, BASELINES, BEST, CONTROLS, PAPER, PREFERENCES, TAUGHT, folder_of, tuning
+from experiments import ABLATIONS, ALL, BASELINES, BEST, CONTROLS, PAPER, PREFERENCES, TAUGHT, folder_of, settled, tuning
 
 METRICS = ("recall@20", "recall@50", "hr@20", "hr@50", "ndcg@20", "ndcg@50", "ndcg_published@20", "ndcg_published@50")
 TESTED = "recall@50"  # the one metric that is tested; the paper selects models by it too
@@ -145,13 +145,15 @@ def contrasts(keys):
         for a, b in (("remi-best", "remi"), ("remi-best-eimf", "remi-eimf"), *(("remi-best-eimf", b) for b in BEST if b != "remi-best-eimf")):
             yield "best", (*place, "", a), (*place, "", b)
         found = tuning(place[0])
-        for b in ALL:
-            yield "tuned", (*place, "", f"{b}-tuned"), (*place, "", b)
-            yield "taught", (*place, "", f"{b}-tuned-eimf"), (*place, "", f"{b}-tuned")
+        tuned = {b + eimf: (*place, "", settled(place[0], f"{b}-tuned{eimf}")) for b in found for eimf in ("", "-eimf")}
+        for b in found:
+            if found[b]["flags"]:
+                yield "tuned", tuned[b], (*place, "", b)
+            yield "taught", tuned[b + "-eimf"], tuned[b]
         if found:
-            strongest = max(found, key=lambda b: found[b]["recall@50"])
-            yield "strongest", (*place, "", "remi-best"), (*place, "", f"{strongest}-tuned")
-            yield "strongest", (*place, "", f"{strongest}-tuned-eimf"), (*place, "", f"{strongest}-tuned")
+            strongest = tuned[max(found, key=lambda b: found[b]["recall@50"])]
+            for model in ("remi-best", "remi-eimf"):
+                yield "strongest", (*place, "", model), strongest
         for b in ABLATIONS:
             yield "fig3", main, (*place, "", b)
         for variant in PREFERENCES:

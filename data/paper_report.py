@@ -12,11 +12,11 @@ import matplotlib.pyplot as plt
 
 from eimf.artifacts import atomic, save_json
 from eimf.report import COLOURS, figure, html_page, markdown_table, p_value
-from experiments import ABLATIONS, ALL, BASELINES, BEST, CONTROLS, NAMES, NEED_TEXT, OTHERS, PREFERENCES, TAUGHT, folder_of
+from experiments import ABLATIONS, ALL, BASELINES, BEST, CONTROLS, NAMES, NEED_TEXT, OTHERS, PREFERENCES, TAUGHT, folder_of, settled
 
 LABELS = {"pop": "Pop", "dnn": "DNN", "gru4rec": "GRU4Rec", "sasrec": "SASRec", "bert4rec": "BERT4Rec", "llm2bert4rec": "LLM2BERT4Rec",
           "mind": "MIND", "comirec-sa": "ComiRec-SA", "remi": "REMI", "comirec-dr": "ComiRec-DR", "sine": "SINE", "bert4rec-cloze": "BERT4Rec, cloze task"}
-LABELS |= {f"{b}-eimf": f"EIMF({LABELS[b]})" for b in TAUGHT}
+LABELS |= {f"{b}-eimf": f"EIMF({LABELS[b]})" for b in ALL}
 LABELS |= {f"{b}-tuned": f"{LABELS[b]}, tuned" for b in ALL} | {f"{b}-tuned-eimf": f"EIMF({LABELS[b]}), tuned" for b in ALL}
 LABELS |= dict(zip(CONTROLS, ("random text vectors", "shuffled clusters")))
 LABELS |= dict(zip(BEST, ("REMI, best recipe", "EIMF(REMI), best recipe", "random text vectors, best recipe", "shuffled clusters, best recipe")))
@@ -329,11 +329,14 @@ def tuned(n):
         out += [("table", ["model", "default", "tuned", "settings kept", "trainings", "minutes"], rows,
                  f"{dataset}: validation Recall@50 of one seed, file-order split, before and after tuning")]
     for dataset, split in n.places:
-        pairs = [m for b in ALL for m in (f"{b}-tuned", f"{b}-tuned-eimf") if (dataset, split, "", m) in n.models]
+        pairs = [settled(dataset, f"{b}-tuned{eimf}") for b in n.all["tuning"].get(dataset, ()) for eimf in ("", "-eimf")]
+        pairs = [m for m in pairs if (dataset, split, "", m) in n.models]
         out += model_table(n, dataset, split, pairs, SHOWN, f"{dataset}, {split} split, tuned", published=False)
     out += comparison_table(n.comparisons("taught"), "Tuned, with EIMF, against the same without", "a")
     out += comparison_table(n.comparisons("tuned"), "Tuned, against the same with default settings", "a")
-    out += comparison_table(n.comparisons("strongest"), "Against the backbone that is strongest on validation users after tuning, without text", "a")
+    strongest = {place: LABELS[max(found, key=lambda b: found[b]["recall@50"])] for place, found in n.all["tuning"].items()}
+    out += comparison_table(n.comparisons("strongest"), "Against the tuned backbone that is strongest on validation users: "
+                            + listed(f"{b} on {d}" for d, b in strongest.items()), "a")
     return [("h2", "Every backbone, tuned, with and without EIMF"), ("p", ABOUT_TUNED), *out] if out else []
 
 
