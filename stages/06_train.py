@@ -49,11 +49,14 @@ from eimf.ranking import interests_of, rank, targets_of
 from eimf.teacher import Teacher, load_item_text, load_text, save_labels
 
 # What a recipe sets, unless a flag says otherwise; the paper's is every flag's default. Chosen on validation users, file order, one seed,
-# at most 6,000 steps (the first pair: 7,200), REMI's Recall@50 on Office and Beauty: .199 and .210 alone, .256 and .242 with text in the item vectors, .269 and .254 with
-# targets from all later events as well, .270 and .258 with dropout on top, .280 and .257 with all of the text vectors' dimensions instead
-# of the 128 that the runs before had. Without dropout, nothing was gained by averaged weights (.268,
+# at most 6,000 steps (the first pair: 7,200), REMI's Recall@50 on Office and Beauty: .199 and .210 alone, .256 and .242 with text in the
+# item vectors, .269 and .254 with targets from all later events as well, .270 and .258 with dropout on top, .280 and .257 with all of the
+# text vectors' dimensions instead of the 128 that the runs before had. Without dropout, nothing was gained by averaged weights (.268,
 # .252), EIMF (.257, .256) or weight decay of 1 (.257, .198). Cosine scores were far worse (Office: .18), brand and categories beside the
-# title no better (Office: .248).
+# title no better (Office: .248), nor were, with dropout and all dimensions, three times the learning rate (Office: .266), whitened text
+# vectors (.251), dropping 30 % of the items' own vectors (.271), or SASRec with text (.261).
+# Fewer interests for short histories (--dynamic-interests) cost the plain models a little on Office: REMI .201 for .207, MIND .147 for
+# .153, ComiRec-SA .151 for .160.
 RECIPES = {
     "paper": {},
     "best": {"item_text": "add", "horizon": 100, "dropout": 0.3},
