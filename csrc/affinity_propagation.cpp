@@ -392,21 +392,35 @@ private:
 
 // ------------------------------------------------------------------------------------------------------------ the engine
 
-// The messages r and a of the first `used` entries of a row.
+// The messages r and a of the first `used` entries of a row, and beside them a copy of its first `room` entries.
 struct Messages {
-    Buffer<double> values;
+    Buffer<double> values;  // unless they lie in the block's
     double *r = nullptr, *a = nullptr;
+    float *s = nullptr;
+    uint32_t *id = nullptr;
     uint32_t used = 0, room = 0;
+    uint32_t scanned = 0;  // so many entries were read in the last scan
 
-    void extend(Memory &memory) {
-        const uint32_t larger = room ? 2 * room : 8;
-        Buffer<double> next(memory, size_t{2} * larger);
-        std::copy_n(r, used, next.data());
-        std::copy_n(a, used, next.data() + larger);
-        values = std::move(next);
+    static constexpr size_t DOUBLES = 3;  // for each entry
+
+    // Move to `place`, with DOUBLES * `larger` values; larger <= row.length.
+    void move(double *place, uint32_t larger, const Row &row) {
+        double *const next_a = place + larger;
+        std::copy_n(r, used, place);
+        std::copy_n(a, used, next_a);
+        r = place;
+        a = next_a;
         room = larger;
-        r = values.data();
-        a = r + larger;
+        s = reinterpret_cast<float *>(a + room);
+        id = reinterpret_cast<uint32_t *>(s + room);
+        std::copy_n(row.s, room, s);
+        std::copy_n(row.id, room, id);
+    }
+    void extend(Memory &memory, const Row &row) {
+        const uint32_t larger = std::min(row.length, room ? 2 * room : 8);
+        Buffer<double> next(memory, DOUBLES * larger);
+        move(next.data(), larger, row);
+        values = std::move(next);
     }
 };
 
@@ -484,6 +498,11 @@ struct Clustering {
 };
 constexpr uint32_t NOBODY = std::numeric_limits<uint32_t>::max();
 
+struct Positive {
+    double r;
+    uint32_t id;  // of the column
+};
+
 class Engine {
 public:
     Engine(const Source &source, Lists &lists, const double *preference, const eimf_ap_options &options, const ScoreKernels *kernels,
@@ -492,9 +511,10 @@ public:
           preference_(preference), messages_(n_), visible_(memory, n_), p_(memory, n_), best_(memory, n_), second_(memory, n_), arg_(memory, n_), level_(memory, n_, 0.0),
           r_self_(memory, n_, 0.0), a_self_(memory, n_, 0.0), column_(memory, n_, 0.0), column_sum_(memory, n_, 0.0),
           is_exemplar_(memory, n_, uint8_t{0}), unchanged_(memory, n_, uint32_t{0}) {
-        // Fixed blocks of rows, each with its own partial column sums, make the sums the same for any number of threads.
+        // Fixed blocks of rows make the sums over them the same for any number of threads.
         blocks_ = std::min<size_t>(32, (n_ + 511) / 512);
-        partial_ = Buffer<double>(memory, checked_product(blocks_, n_), 0.0);
+        positive_.resize(blocks_);
+        packed_.resize(blocks_);
         waiting_.resize(blocks_);
     }
 
@@ -516,6 +536,7 @@ public:
         const size_t first_candidate = options_.max_iter - std::min(options_.max_iter, options_.convergence_iter);
         for (size_t iteration = 0; iteration < options_.max_iter; ++iteration) {
             cleaning_ = iteration % 8 == 7;
+            if (!matrix_ && iteration >= 2 && (iteration & (iteration - 1)) == 0) pack();
             responsibilities();
             const bool changing = availabilities();
             result->n_iter = iteration + 1;
@@ -622,15 +643,33 @@ private:
 
     // a of row i's own entries, from the last iteration's column sums and responsibilities.
     void update_row_availabilities(size_t i) {
-        const Row &row = lists_[i];
         Messages &own = messages_[i];
-        kernels_->update_availabilities(row.id, row.s, own.r, own.a, own.used, column_sum_.data(), 0, 0, options_.damping);
+        kernels_->update_availabilities(own.id, own.s, own.r, own.a, own.used, column_sum_.data(), 0, 0, options_.damping);
+    }
+
+    // Lay each block's messages side by side in the order of its rows, as far as the last scans went: what the rows point to lies anywhere,
+    // and waiting for memory takes longer than all else.
+    void pack() {
+        team_.run(blocks_, [this](size_t b) {
+            const size_t first = b * n_ / blocks_, last = (b + 1) * n_ / blocks_;
+            const auto room = [this](size_t i) { return std::min(lists_[i].length, std::max(messages_[i].used, messages_[i].scanned) + 2); };
+            size_t total = 0;
+            for (size_t i = first; i < last; ++i) total += room(i);
+            Buffer<double> packed(memory_, Messages::DOUBLES * total);
+            double *place = packed.data();
+            for (size_t i = first; i < last; ++i) {
+                const uint32_t here = room(i);
+                messages_[i].move(place, here, lists_[i]);
+                messages_[i].values = Buffer<double>();
+                place += Messages::DOUBLES * here;
+            }
+            packed_[b] = std::move(packed);
+        });
     }
 
     // The two best values of a(i,k) + s(i,k). False if the list ends before that is certain.
     bool scan(size_t i) {
-        const Row row = visible(i);
-        const Messages &own = messages_[i];
+        Messages &own = messages_[i];
         double best = a_self_[i] + p_[i], second = -std::numeric_limits<double>::infinity();
         size_t arg = SELF;
         const auto see = [&](double value, size_t j) {
@@ -638,41 +677,49 @@ private:
             else if (value > second) second = value;
         };
         double pair[2] = {-std::numeric_limits<double>::infinity(), -std::numeric_limits<double>::infinity()};
-        kernels_->two_best(row.s, own.a, own.used, pair);
+        kernels_->two_best(own.s, own.a, own.used, pair);
         size_t at = 0;  // the best of those
         if (pair[0] > best)
-            while (row.s[at] + own.a[at] != pair[0]) ++at;
+            while (own.s[at] + own.a[at] != pair[0]) ++at;
         see(pair[0], at);
         see(pair[1], at);  // never the best
+        const size_t length = std::min(visible_[i], lists_[i].length), near = std::min<size_t>(own.room, length);
         size_t j = own.used;
-        for (; j < row.length && row.s[j] > second; ++j) see(row.s[j] + column_[row.id[j]], j);
+        for (; j < near && own.s[j] > second; ++j) see(own.s[j] + column_[own.id[j]], j);
+        bool certain = true;
+        if (j == near) {
+            const Row row = visible(i);
+            for (; j < length && row.s[j] > second; ++j) see(row.s[j] + column_[row.id[j]], j);
+            certain = j < length || row.bound <= second;
+        }
         second_[i] = std::max(second, NEVER);
-        if (j == row.length && row.bound > second) return false;
+        if (!certain || lists_[i].bound > second) return false;  // the list's last entries may be less similar than its bound
+        own.scanned = static_cast<uint32_t>(std::min(j + 1, length));
         best_[i] = best;
         arg_[i] = arg;
         return true;
     }
 
-    void update_row_responsibilities(size_t i, double *column_sum) {
-        const Row row = visible(i);
+    void update_row_responsibilities(size_t i, std::vector<Positive> &positive) {
         Messages &own = messages_[i];
         const double damping = options_.damping, gain = 1 - damping, best = best_[i], second = second_[i];
-        const size_t arg = arg_[i];
+        const size_t arg = arg_[i], length = std::min(visible_[i], lists_[i].length);
         r_self_[i] = damping * r_self_[i] + gain * (p_[i] - (arg == SELF ? second : best));
         size_t j = 0;
         const double before = arg < own.used ? own.r[arg] : 0.0;
-        kernels_->update_responsibilities(row.s, own.r, own.used, best, damping);
-        if (arg < own.used) own.r[arg] = damping * before + gain * (row.s[arg] - second);
-        for (; j < own.used; ++j) column_sum[row.id[j]] += std::max(own.r[j], 0.0);
-        for (; j < row.length; ++j) {
-            const double before = weight_ * row.s[j] - level_[i];
-            const double r = damping * before + gain * (row.s[j] - (j == arg ? second : best));
+        kernels_->update_responsibilities(own.s, own.r, own.used, best, damping);
+        if (arg < own.used) own.r[arg] = damping * before + gain * (own.s[arg] - second);
+        for (; j < own.used; ++j)
+            if (own.r[j] > 0) positive.push_back({own.r[j], own.id[j]});
+        for (; j < length; ++j) {
+            const float s = j < own.room ? own.s[j] : lists_[i].s[j];
+            const double r = damping * (weight_ * s - level_[i]) + gain * (s - (j == arg ? second : best));
             if (r <= 0 && (arg == SELF || j > arg)) break;
-            if (j == own.room) own.extend(memory_);
+            if (j == own.room) own.extend(memory_, lists_[i]);
             own.r[j] = r;
-            own.a[j] = column_[row.id[j]];
+            own.a[j] = column_[own.id[j]];
             own.used = static_cast<uint32_t>(j + 1);
-            if (r > 0) column_sum[row.id[j]] += r;
+            if (r > 0) positive.push_back({r, own.id[j]});
         }
         level_[i] = damping * level_[i] + gain * best;
     }
@@ -682,12 +729,13 @@ private:
         team_.run(blocks_, [this](size_t b) {
             const size_t first = b * n_ / blocks_, last = (b + 1) * n_ / blocks_;
             waiting_[b].clear();
+            positive_[b].clear();
             for (size_t i = first; i < last; ++i) {
                 update_row_availabilities(i);
                 if (!scan(i)) waiting_[b].push_back(static_cast<uint32_t>(i));
             }
             if (waiting_[b].empty())
-                for (size_t i = first; i < last; ++i) update_row_responsibilities(i, &partial_[b * n_]);
+                for (size_t i = first; i < last; ++i) update_row_responsibilities(i, positive_[b]);
         });
         std::vector<uint32_t> blocked;
         for (size_t b = 0; b < blocks_; ++b)
@@ -710,7 +758,7 @@ private:
         }
         team_.run(blocked.size(), [&](size_t q) {
             const size_t b = blocked[q];
-            for (size_t i = b * n_ / blocks_; i < (b + 1) * n_ / blocks_; ++i) update_row_responsibilities(i, &partial_[b * n_]);
+            for (size_t i = b * n_ / blocks_; i < (b + 1) * n_ / blocks_; ++i) update_row_responsibilities(i, positive_[b]);
         });
     }
 
@@ -745,6 +793,11 @@ private:
     // iteration's responsibilities already.
     void use_matrix() {
         matrix_ = lists_.matrix(team_);
+        partial_ = Buffer<double>(memory_, checked_product(blocks_, n_), 0.0);
+        for (size_t b = 0; b < blocks_; ++b) {
+            for (const Positive &p : positive_[b]) partial_[b * n_ + p.id] += p.r;
+            positive_[b] = {};
+        }
         largest_ = largest_magnitude(matrix_, n_, n_, "similarities");
         own_.resize(n_);
         words_ = (n_ + 31) / 32;
@@ -785,6 +838,7 @@ private:
                 set_bit(&with_own_[i * words_], static_cast<uint32_t>(i));
             }
         });
+        packed_.clear();
         prepare_columns();
     }
 
@@ -950,7 +1004,7 @@ private:
                 const uint32_t k = row.id[listed];
                 if (!bit(bits, k) && !is_active_[k]) found_best.see(row.s[listed] + column_[k], k);
             }
-            decided = listed < row.length || row.bound + rest_ <= found_best.second;
+            decided = row.bound + rest_ <= found_best.second;
         }
         if (!decided) {
             own_pairs(true);
@@ -1035,17 +1089,30 @@ private:
         for (size_t j = 0; j < own.lagging.used; ++j) screen[own.lagging.id[j]] = screen_[own.lagging.id[j]];
     }
 
+    // The columns' sums of positive responsibilities. Each thread adds up a range of the columns, all in the order of the rows.
+    void sum_positive() {
+        const size_t parts = team_.size();
+        team_.run(parts, [&](size_t part) {
+            const size_t first = part * n_ / parts, last = (part + 1) * n_ / parts;
+            std::fill(column_sum_.begin() + first, column_sum_.begin() + last, 0.0);
+            for (const std::vector<Positive> &block : positive_)
+                for (const Positive &p : block)
+                    if (p.id - first < last - first) column_sum_[p.id] += p.r;
+        });
+    }
+
     // Column sums, the diagonal, the implied column values, and the exemplars. True if some point has changed its mind within
     // the convergence window.
     bool availabilities() {
         const double damping = options_.damping, gain = 1 - damping;
         const size_t chunks = (n_ + 4095) / 4096;
+        if (!matrix_) sum_positive();
         std::vector<size_t> count(chunks, 0);
         std::vector<uint8_t> changing(chunks, 0);
         team_.run(chunks, [&](size_t c) {
             for (size_t k = c * 4096; k < std::min(n_, (c + 1) * 4096); ++k) {
-                double sum = 0;
-                for (size_t b = 0; b < blocks_; ++b) {
+                double sum = matrix_ ? 0 : column_sum_[k];
+                for (size_t b = 0; matrix_ && b < blocks_; ++b) {
                     sum += partial_[b * n_ + k];
                     partial_[b * n_ + k] = 0;
                 }
@@ -1145,7 +1212,9 @@ private:
     Buffer<double> p_;                          // preferences with ties decided
     Buffer<double> best_, second_;
     Buffer<size_t> arg_;
-    Buffer<double> level_, r_self_, a_self_, column_, column_sum_, partial_;
+    Buffer<double> level_, r_self_, a_self_, column_, column_sum_;
+    std::vector<std::vector<Positive>> positive_;  // per block: this iteration's positive responsibilities, row after row
+    std::vector<Buffer<double>> packed_;           // per block: most of its messages
     Buffer<uint8_t> is_exemplar_;
     Buffer<uint32_t> unchanged_;
     std::vector<std::vector<uint32_t>> waiting_;  // per block: rows whose list was too short
@@ -1153,6 +1222,7 @@ private:
     size_t exemplar_count_ = 0;
     // After use_matrix.
     const float *matrix_ = nullptr;
+    Buffer<double> partial_;  // per block: its part of the column sums
     double largest_ = 0, screen_error_ = 0;
     // How rows look for their best values: by their own pairs and the list; by some columns with high values in between; or all at once.
     enum { LIST, COLUMNS, ROW } way_ = LIST;
