@@ -982,8 +982,9 @@ private:
         const size_t none = lagging.used;
         size_t at = none;  // the lagging pair that is the best
         const auto own_pairs = [&](bool with_lagging) {
-            found_best = Best{a_self_[i] + p_[i], static_cast<uint32_t>(i)};
-            for (const Entry &e : entries) found_best.see(e.s + e.a, e.id);
+            Best so_far{a_self_[i] + p_[i], static_cast<uint32_t>(i)};
+            for (const Entry &e : entries) so_far.see(e.s + e.a, e.id);
+            found_best = so_far;
             if (with_lagging) at = see_lagging(lagging, found_best);
         };
         bool decided = false;
@@ -999,11 +1000,12 @@ private:
             }
             with_lagging |= row.length > 0 && std::max(row.s[0], row.bound) + screen_error_ + rest_ > found_best.second;
             if (with_lagging) at = see_lagging(lagging, found_best);
-            size_t listed = 0;
-            for (; listed < row.length && row.s[listed] + rest_ > found_best.second; ++listed) {
-                const uint32_t k = row.id[listed];
-                if (!bit(bits, k) && !is_active_[k]) found_best.see(row.s[listed] + column_[k], k);
+            Best so_far = found_best;  // a copy that stays in registers
+            for (size_t j = 0; j < row.length && row.s[j] + rest_ > so_far.second; ++j) {
+                const uint32_t k = row.id[j];
+                if (!bit(bits, k) && !is_active_[k]) so_far.see(row.s[j] + column_[k], k);
             }
+            found_best = so_far;
             decided = row.bound + rest_ <= found_best.second;
         }
         if (!decided) {
