@@ -26,13 +26,13 @@ SAID = [*(("remi-eimf", b) for b in ("remi", *CONTROLS)), ("remi-best", "remi"),
 CORE = {
     "affinity_propagation": ("Affinity propagation, seconds per iteration", {
         "points": ("points", "d"), "threads": ("threads", "d"), "quantile": ("preference, quantile of the similarities; above 1: times the lowest", "g"),
-        "clusters": ("clusters", "d"), "eimf s/iteration": ("eimf", ".4f"), "scikit-learn s/iteration": ("scikit-learn", ".3f"), "ratio": ("ratio", ".0f"),
+        "clusters": ("clusters", "d"), "eimf s/iteration": ("eimf", ".4f"), "scikit-learn s/iteration": ("scikit-learn", ".3f"), "ratio": ("ratio", ".0f"), "bandwidth share": ("bandwidth to read all similarities once in that time, share of the memory's", ".0%"),
         "fit ratio": ("whole fit, ratio", ".0f"), "eimf MiB": ("eimf MiB", "d"), "memory ratio": ("memory, ratio", ".0f")}),
     "scoring": ("Top 50 of the maximum over K = 4 interests, D = 64, users per second", {
         "items": ("items", "d"), "threads": ("threads", "d"), "eimf users/s": ("eimf", ".0f"), "NumPy users/s": ("NumPy", ".0f"),
         "torch users/s": ("torch", ".0f"), "faiss users/s": ("faiss", ".0f"), "eimf, float products alone users/s": ("eimf, float products alone", ".0f"),
         "share of peak, float products alone": ("of these, share of peak", ".0%"),
-        "one user, prepared, ms": ("one user alone, ms", ".2f")}),
+        "one user, prepared, ms": ("one user alone, ms", ".2f"), "MiB per thread": ("extra MiB per thread", ".1f")}),
     "hnsw": ("HNSW at a recall of at least .99 beside the exact kernel", {
         "items": ("items", "d"), "threads": ("threads", "d"), "ef": ("ef", "d"), "recall": ("recall", ".3f"), "hnsw users/s": ("HNSW users/s", ".0f"),
         "exact users/s": ("exact users/s", ".0f"), "hnsw, one user, ms": ("one user, HNSW ms", ".2f"), "exact, one user, ms": ("one user, exact ms", ".2f")}),

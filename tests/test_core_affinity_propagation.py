@@ -132,6 +132,50 @@ def test_equals_the_plain_loops(seed):
     assert result.net_similarity == pytest.approx(reference.net_similarity, rel=1e-6)
 
 
+def exemplar_counts(s, preference, damping, iterations):
+    """The number of exemplars after each iteration, by the definition. The core's tiny steps between preferences included: they grow."""
+    s, n, counts = s.astype(np.float64), len(s), []
+    s[np.diag_indices(n)] = -np.inf
+    size = np.maximum(np.abs(preference), np.abs(s.max(axis=1)))
+    reversed_bits = np.array([int(f"{k:032b}"[::-1], 2) for k in range(n)])
+    s[np.diag_indices(n)] = preference - size * 2.0 ** -32 * (reversed_bits / 2.0 ** 32)  # how ties are decided
+    r, a = np.zeros((n, n)), np.zeros((n, n))
+    for _ in range(iterations):
+        value = a + s
+        best = value.argmax(axis=1)
+        first = value[np.arange(n), best]
+        value[np.arange(n), best] = -np.inf
+        new = s - first[:, None]
+        new[np.arange(n), best] = s[np.arange(n), best] - value.max(axis=1)
+        r = damping * r + (1 - damping) * new
+        positive = np.maximum(r, 0)
+        positive[np.diag_indices(n)] = r.diagonal()
+        new = positive.sum(axis=0) - positive
+        diagonal = new.diagonal().copy()
+        new = np.minimum(new, 0)
+        new[np.diag_indices(n)] = diagonal
+        a = damping * a + (1 - damping) * new
+        counts.append(int((a.diagonal() + r.diagonal() > 0).sum()))
+    return counts
+
+
+@pytest.mark.parametrize("times, damping", [(0.05, 0.5), (0.3, 0.7), (1, 0.5), (5, 0.6), (5, 0.8), (20, 0.6)])
+@pytest.mark.parametrize("kind", ["blobs", "spread", "random"])
+def test_low_preferences_take_the_course_of_the_definition(kind, times, damping):
+    """Preferences of so many times the lowest similarity. Columns' values decide most here, so rows are searched in each of the ways there are
+    with the matrix; on unrelated similarities the best pairs lie anywhere in a row. A pair that a bound wrongly leaves out changes the
+    numbers of exemplars of some iteration."""
+    rng = np.random.default_rng(1)
+    n = 700
+    s = -rng.random((n, n)).astype(np.float32) if kind == "random" else similarities(blobs(1, n, 5, centres=7 if kind == "blobs" else 1)).astype(np.float32)
+    preference = times * float(s.min()) * (1 + 0.1 * rng.random(n))
+    counts = []
+    eimf_core.affinity_propagation(s, preference, damping=damping, precomputed=True, max_iter=60, convergence_iter=60, n_threads=2,
+                                   progress=lambda iteration, exemplars: counts.append(exemplars) if iteration else None)
+    assert counts == exemplar_counts(s, preference, damping, 60)[:len(counts)]
+    assert len(counts) == 60 or times == 20  # so low a preference can be answered without iterations
+
+
 def test_same_bits_for_all_thread_counts():
     x = blobs(2, 3000, 12, centres=40)
     runs = [eimf_core.affinity_propagation(x, -60.0, n_threads=t) for t in (1, 2, 7, 1)]

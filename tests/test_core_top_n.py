@@ -291,3 +291,19 @@ def test_gil_is_released():
     stop.set()
     thread.join()
     assert during > 100
+
+
+@pytest.mark.slow
+def test_ten_million_items():
+    """D = 16, so that the items take 640 MB; near ties are told apart by float64 scores of all."""
+    rng = np.random.default_rng(0)
+    items = rng.standard_normal((10_000_000, 16), dtype=np.float32)
+    interests = rng.standard_normal((70, 3, 16), dtype=np.float32)  # enough users for bounds from 8-bit products, where there are any
+    n = 20
+    ids, scores, _ = eimf_core.top_n(interests, items, n, n_threads=2)
+    for user in (0, 1, 69):
+        best = np.concatenate([(items[at:at + 1_000_000].astype(np.float64) @ interests[user].T.astype(np.float64)).max(axis=1) for at in range(0, len(items), 1_000_000)])
+        expected = np.argsort(-best)[:n + 1]
+        np.testing.assert_allclose(scores[user], best[expected[:n]], rtol=1e-5)
+        np.testing.assert_allclose(best[ids[user]], best[expected[:n]], rtol=1e-5)
+        assert len(set(ids[user])) == n

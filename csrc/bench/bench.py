@@ -15,6 +15,9 @@ speed does depend on them. Peaks (multiply-adds, memory) are measured by bench.c
 
 Prints Markdown tables; --json FILE takes the figures for data/make_results.py. What is not measured (--items with no number, say, or another
 number of threads) stays in the file as it was.
+
+`bandwidth share`: a program that reads all n^2 float32 similarities once per iteration would need this share of the measured memory
+bandwidth to be as fast as eimf; above 1, none can be. `MiB per thread` of scoring: what a call adds to the process, without its results.
 """
 import argparse
 import gc
@@ -143,12 +146,13 @@ def core_run(x, preference):
     return (steps[-1] - steps[0]) / (len(steps) - 1) if len(steps) > 1 else 0.0, total, result
 
 
-def memory_of(who, x, preference):
-    """MiB that a run adds to a process that holds its input already, from a process of its own."""
+def memory_of(who, x, number):
+    """MiB that a run adds to a process that holds its input already, from a process of its own. `number`: the preference, or users of top_n."""
     with tempfile.NamedTemporaryFile(suffix=".npy") as file:
         np.save(file.name, x)
-        command = [sys.executable, __file__, "--memory-of", who, file.name, repr(preference), "--threads", str(args.threads), "--damping", str(args.damping)]
-        return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        command = [sys.executable, __file__, "--memory-of", who, file.name, repr(number), "--threads", str(args.threads), "--damping", str(args.damping)]
+        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # glibc: what is freed goes back at once, so the warm-up hides nothing
+        return float(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
 
 
 def most_memory():
@@ -162,19 +166,25 @@ def most_memory():
 
 def run_for_memory(who, path, number):
     x, number = np.load(path, allow_pickle=False), float(number)
+    if who == "top_n":
+        interests = np.random.default_rng(0).standard_normal((int(number), 4, x.shape[1]), dtype=np.float32)
+        result_bytes = sum(part.nbytes for part in eimf_core.top_n(interests, x[:5000], 50, n_threads=args.threads))  # the code is loaded, too
     try:
         Path("/proc/self/clear_refs").write_text("5")  # Linux: the most so far starts anew
     except OSError:
         pass
     before = most_memory()
-    if who == "eimf":
+    if who == "top_n":
+        eimf_core.top_n(interests, x, 50, n_threads=args.threads)
+        before += result_bytes / (1 << 20)
+    elif who == "eimf":
         core_run(x, number)
     else:
         sklearn_run(sklearn_similarities(x), number, 2, copy=False)
     print(most_memory() - before)
 
 
-def bench_affinity_propagation():
+def bench_affinity_propagation(memory_gbs):
     rows = []
     for n in args.users:
         x = points(n)
@@ -198,6 +208,7 @@ def bench_affinity_propagation():
             fit, result = statistics.median(r[1] for r in runs), runs[0][2]
             row = {"points": len(x), "quantile": quantile, "threads": args.threads, "preference": preference, "clusters": len(result.exemplars), "converged": result.converged,
                    "eimf s/iteration": median["eimf"], "scikit-learn s/iteration": median["sklearn"], "ratio": median["sklearn"] / median["eimf"],
+                   "bandwidth share": 4 * len(x) ** 2 / median["eimf"] / (memory_gbs * 1e9),
                    "eimf fit s": fit, "scikit-learn fit s": None, "fit ratio": None, "eimf MiB": round(memory_of("eimf", x, preference)),
                    "scikit-learn MiB": round(sklearn_memory)}
             row["memory ratio"] = row["scikit-learn MiB"] / max(1, row["eimf MiB"])
@@ -270,7 +281,7 @@ def bench_top_n(peak, n=50, k=4, d=64):
                 eimf_core.top_n(one, given, n, n_threads=1)
                 single[name].append(1e3 * (clock() - start))
         gflops = 2 * batch * k * d * n_items / median["eimf, float products alone"] / 1e9
-        rows.append({"items": n_items, "threads": args.threads, "batch": batch} | {f"{name} users/s": batch / seconds for name, seconds in median.items()}
+        rows.append({"items": n_items, "threads": args.threads, "batch": batch, "MiB per thread": memory_of("top_n", items, batch) / args.threads} | {f"{name} users/s": batch / seconds for name, seconds in median.items()}
                     | {f"times {name}": median[name] / median["eimf"] for name in ("NumPy", "torch", "faiss") if name in median}
                     | {"GFLOP/s, float products alone": gflops, "share of peak, float products alone": gflops / (peak * args.threads)} | {name: statistics.median(values) for name, values in single.items()})
         print(rows[-1], file=sys.stderr, flush=True)
@@ -350,7 +361,7 @@ def main():
     machine = peaks() | {"cpu": processor(), "kernel": eimf_core.kernels()[-1], "threads": args.threads, "clock": args.clock, "rounds": args.rounds,
                          "load": round(os.getloadavg()[0], 1), "versions": {p: version(p) for p in ("eimf-core", "numpy", "scikit-learn", "torch", "faiss-cpu", "hnswlib")}}
     print(machine)
-    for name, bench in (("affinity_propagation", bench_affinity_propagation),
+    for name, bench in (("affinity_propagation", lambda: bench_affinity_propagation(machine["memory_gbs"])),
                         ("scoring", lambda: bench_top_n(machine["fma_gflops"])), ("hnsw", bench_hnsw)):
         rows = bench()
         if rows and args.json:
