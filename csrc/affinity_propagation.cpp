@@ -28,7 +28,7 @@ constexpr size_t FIRST_LENGTH = 64, GROWTH = 4;  // of lists
 constexpr size_t LISTED_SHARE = 16;
 // A matrix of so many bytes at most is also preferred to lists that would do, but be longer than twice the first length.
 constexpr size_t SMALL_MATRIX = 128 << 20;
-constexpr size_t ACTIVE = 64;  // columns that are tried before a whole row, where that helps; at least the half of them with the highest values
+constexpr size_t ACTIVE = 64;  // columns that are tried before a whole row
 constexpr size_t SELF = static_cast<size_t>(-1);
 
 // One row's neighbours, by falling s, equal s by rising id.
@@ -433,27 +433,23 @@ struct Entry {  // r and a
 };
 
 struct Lagging {  // a alone; r is the implied one
-    Buffer<double> values;  // a, s and id of each, side by side
-    double *a = nullptr;
-    float *s = nullptr;
-    uint32_t *id = nullptr;
-    uint32_t used = 0, room = 0;
+    Buffer<double> a;
+    Buffer<float> s;
+    Buffer<uint32_t> id;
+    uint32_t used = 0;
 
     void add(Memory &memory, uint32_t id_, float s_, double a_) {
-        if (used == room) {
-            const uint32_t more = room ? 2 * room : 16;
-            Buffer<double> next(memory, size_t{2} * more);
-            double *const next_a = next.data();
-            float *const next_s = reinterpret_cast<float *>(next_a + more);
-            uint32_t *const next_id = reinterpret_cast<uint32_t *>(next_s + more);
-            std::copy_n(a, used, next_a);
-            std::copy_n(s, used, next_s);
-            std::copy_n(id, used, next_id);
-            values = std::move(next);
-            a = next_a;
-            s = next_s;
-            id = next_id;
-            room = more;
+        if (used == a.size()) {
+            const size_t room = used ? size_t{2} * used : 16;
+            Buffer<double> next_a(memory, room);
+            Buffer<float> next_s(memory, room);
+            Buffer<uint32_t> next_id(memory, room);
+            std::copy_n(a.data(), used, next_a.data());
+            std::copy_n(s.data(), used, next_s.data());
+            std::copy_n(id.data(), used, next_id.data());
+            a = std::move(next_a);
+            s = std::move(next_s);
+            id = std::move(next_id);
         }
         a[used] = a_;
         s[used] = s_;
@@ -463,18 +459,6 @@ struct Lagging {  // a alone; r is the implied one
         a[to] = a[from];
         s[to] = s[from];
         id[to] = id[from];
-    }
-};
-
-// The two best values seen, and whose the best one is.
-struct Best {
-    double value;
-    uint32_t id;
-    double second = -std::numeric_limits<double>::infinity();
-
-    void see(double seen, uint32_t whose) {
-        if (seen > value) second = value, value = seen, id = whose;
-        else if (seen > second) second = seen;
     }
 };
 
@@ -807,20 +791,6 @@ private:
         scratch_maxima_ = Buffer<float>(memory_, blocks_ * stretches());
         scratch_found_ = Buffer<uint32_t>(memory_, blocks_ * n_);
         excess_ = Buffer<float>(memory_, n_);
-        is_active_ = Buffer<uint8_t>(memory_, n_, uint8_t{0});
-        active_s_ = Buffer<float>(memory_, checked_product(n_, ACTIVE));
-        active_screen_ = Buffer<float>(memory_, ACTIVE);
-        no_bits_ = Buffer<uint32_t>(memory_, words_, 0u);
-        all_own_ = Buffer<uint32_t>(memory_, n_, 0u);
-        for (size_t i = 0; i < n_; ++i) {
-            list_.push_back(lists_[i]);
-            if (FIRST_LENGTH < list_[i].length) {
-                list_[i].length = FIRST_LENGTH;
-                list_[i].bound = list_[i].s[FIRST_LENGTH];
-            }
-        }
-        undecided_.assign(blocks_, 0);
-        undecided_by_list_.assign(blocks_, 0);
         const double next_weight = options_.damping * weight_ + 1 - options_.damping;
         team_.run(blocks_, [&](size_t b) {
             const double weight = waiting_[b].empty() ? next_weight : weight_;
@@ -849,7 +819,7 @@ private:
     // Is this message what a pair without one of its own has, but for rounding?
     static bool same(double own, double implied, float s) { return std::fabs(own - implied) <= 1e-13 * (std::fabs(implied) + std::fabs(s)); }
 
-    // What all rows use of the columns' present values: float32 copies, for screening, and which columns to try first.
+    // What all rows use of the columns' present values: float32 copies, for screening, and the columns with the highest values.
     void prepare_columns() {
         double largest = 0;
         for (size_t k = 0; k < n_; ++k) {
@@ -859,92 +829,47 @@ private:
             excess_[k] = -static_cast<float>(std::min(std::max(column_sum_[k], 0.0), 3e38) * (1 - std::ldexp(1, -20)));
         }
         screen_error_ = std::ldexp(largest_ + largest, -21);
-
-        const size_t undecided_by_list = std::accumulate(undecided_by_list_.begin(), undecided_by_list_.end(), size_t{0});
-        const size_t undecided = std::accumulate(undecided_.begin(), undecided_.end(), size_t{0});
-        useful_ = undecided <= n_ / 2 ? useful_ + 1 : 0;
-        way_ = undecided_by_list <= n_ / 8 ? LIST : useful_ >= 3 ? COLUMNS : useful_ > 0 ? LIST : ROW;
-        std::vector<uint32_t> order(n_);
-        std::iota(order.begin(), order.end(), 0u);
+        active_.resize(n_);
+        std::iota(active_.begin(), active_.end(), 0u);
         const auto higher = [this](uint32_t a, uint32_t b) { return column_[a] != column_[b] ? column_[a] > column_[b] : a < b; };
-        const size_t tried = std::min(n_, ACTIVE / 2);
-        std::nth_element(order.begin(), order.begin() + (tried - 1), order.end(), higher);
-        if (way_ == COLUMNS) {
-            exchange_active(order, tried);
-        } else {  // they would have to be read again
-            for (const uint32_t k : active_) is_active_[k] = 0;
-            active_.clear();
+        if (n_ > ACTIVE) {
+            std::nth_element(active_.begin(), active_.begin() + ACTIVE, active_.end(), higher);
+            rest_ = column_[active_[ACTIVE]];
+            active_.resize(ACTIVE);
+        } else {
+            rest_ = -std::numeric_limits<double>::infinity();
         }
-        highest_ = rest_ = after_active_ = -std::numeric_limits<double>::infinity();
-        for (size_t k = 0; k < n_; ++k) {
-            highest_ = std::max(highest_, column_[k]);
-            if (!is_active_[k]) rest_ = std::max(rest_, column_[k]);
-        }
-        for (size_t at = tried; at < n_; ++at) after_active_ = std::max(after_active_, column_[order[at]]);
-        for (size_t q = 0; q < active_.size(); ++q) active_screen_[q] = screen_[active_[q]];
-    }
-
-    // Let `active_` hold the first `tried` of `order`, in place of those with the lowest values, and get the similarities to them.
-    void exchange_active(const std::vector<uint32_t> &order, size_t tried) {
-        std::vector<uint32_t> missing, places(active_.size());
-        for (size_t at = 0; at < tried; ++at)
-            if (!is_active_[order[at]]) missing.push_back(order[at]);
-        std::sort(missing.begin(), missing.end());
-        std::iota(places.begin(), places.end(), 0u);
-        std::sort(places.begin(), places.end(), [this](uint32_t a, uint32_t b) {
-            return column_[active_[a]] != column_[active_[b]] ? column_[active_[a]] < column_[active_[b]] : active_[a] < active_[b];
-        });
-        std::vector<std::pair<uint32_t, uint32_t>> read;  // place, column
-        for (const uint32_t k : missing) {
-            uint32_t place = static_cast<uint32_t>(active_.size());
-            if (place < ACTIVE) {
-                active_.push_back(k);
-            } else {
-                place = places[read.size() - (ACTIVE - places.size())];
-                is_active_[active_[place]] = 0;
-                active_[place] = k;
-            }
-            is_active_[k] = 1;
-            read.push_back({place, k});
-        }
-        if (!read.empty())
-            team_.run(blocks_, [&](size_t b) {
-                for (size_t i = b * n_ / blocks_; i < (b + 1) * n_ / blocks_; ++i)
-                    for (const auto &[place, k] : read) active_s_[i * ACTIVE + place] = matrix_[i * n_ + k];
-            });
+        std::sort(active_.begin(), active_.end(), higher);
     }
 
     // One iteration of the block's rows; with `all` = false the availabilities have been updated already.
     void matrix_block(size_t b, bool all) {
         float *screen = &scratch_screen_[b * n_];
         std::copy_n(screen_.data(), n_, screen);
-        undecided_[b] = undecided_by_list_[b] = 0;
-        const size_t first = b * n_ / blocks_, last = (b + 1) * n_ / blocks_;
-        for (size_t i = first; i < last; ++i) {
-            const double second = matrix_row(i, screen, &scratch_maxima_[b * stretches()], &scratch_found_[b * n_], &partial_[b * n_], all);
-            const double bound = list_[i].bound;
-            undecided_by_list_[b] += bound + highest_ > second;
-            undecided_[b] += bound + after_active_ > second;
-        }
+        for (size_t i = b * n_ / blocks_; i < (b + 1) * n_ / blocks_; ++i)
+            matrix_row(i, screen, &scratch_maxima_[b * stretches()], &scratch_found_[b * n_], &partial_[b * n_], all);
     }
     size_t stretches() const { return (n_ + STRETCH - 1) / STRETCH; }
 
-    // Returns the second best value.
-    double matrix_row(size_t i, float *screen, float *maxima, uint32_t *found, double *column_sum, bool all) {
+    void matrix_row(size_t i, float *screen, float *maxima, uint32_t *found, double *column_sum, bool all) {
         const double damping = options_.damping, gain = 1 - damping, weight = weight_, level = level_[i];
         const float *s = matrix_ + i * n_;
-        const Row row = list_[i];
+        Row row = lists_[i];
+        if (FIRST_LENGTH < row.length) {
+            row.length = FIRST_LENGTH;
+            row.bound = row.s[row.length];
+        }
         std::vector<Entry> &entries = own_[i].entries;
         Lagging &lagging = own_[i].lagging;
         uint32_t *bits = &with_own_[i * words_];
 
         // Availabilities. Pairs whose messages have become as implied need none of their own any more.
         if (all) {
-            kernels_->update_availabilities(lagging.id, lagging.s, nullptr, lagging.a, lagging.used, column_sum_.data(), weight, level, damping);
+            kernels_->update_availabilities(lagging.id.data(), lagging.s.data(), nullptr, lagging.a.data(), lagging.used, column_sum_.data(), weight, level, damping);
             if (cleaning_) {
                 uint32_t left = 0;
                 for (uint32_t j = 0; j < lagging.used; ++j) {
-                    if (same(lagging.a[j], column_[lagging.id[j]], lagging.s[j])) clear_bit(bits, lagging.id[j]), all_own_[i] = 0;
+                    if (same(lagging.a[j], column_[lagging.id[j]], lagging.s[j])) clear_bit(bits, lagging.id[j]);
                     else lagging.move(j, left++);
                 }
                 lagging.used = left;
@@ -954,7 +879,7 @@ private:
                 e.a = damping * e.a + gain * std::min(0.0, column_sum_[e.id] - std::max(e.r, 0.0));
                 if (!same(e.r, weight * e.s - level, e.s)) entries[kept++] = e;
                 else if (!same(e.a, column_[e.id], e.s)) lagging.add(memory_, e.id, e.s, e.a);
-                else clear_bit(bits, e.id), all_own_[i] = 0;
+                else clear_bit(bits, e.id);
             }
             entries.resize(kept);
             // New: pairs whose own responsibility now matters to their availability, r > max(0, column sum).
@@ -969,58 +894,36 @@ private:
                 const size_t count = kernels_->find_above(s, excess_.data(), bits, n_, static_cast<float>(weight), static_cast<float>(limit), found);
                 for (size_t q = 0; q < count; ++q) consider(found[q], s[found[q]]);
             } else {
-                size_t j = all_own_[i];
-                for (; j < row.length && bit(bits, row.id[j]); ++j) {}
-                all_own_[i] = static_cast<uint32_t>(j);
-                for (; j < row.length && weight * row.s[j] - level > 0; ++j)
+                for (size_t j = 0; j < row.length && weight * row.s[j] - level > 0; ++j)
                     if (!bit(bits, row.id[j])) consider(row.id[j], row.s[j]);
             }
         }
 
-        // The two best values of a + s. No a is above its column's value, whether the pair has its own or not.
-        Best found_best;
-        const size_t none = lagging.used;
-        size_t at = none;  // the lagging pair that is the best
-        const auto own_pairs = [&](bool with_lagging) {
-            Best so_far{a_self_[i] + p_[i], static_cast<uint32_t>(i)};
-            for (const Entry &e : entries) so_far.see(e.s + e.a, e.id);
-            found_best = so_far;
-            if (with_lagging) at = see_lagging(lagging, found_best);
+        // The two best values of a + s.
+        double best = a_self_[i] + p_[i], second = -std::numeric_limits<double>::infinity();
+        uint32_t arg = static_cast<uint32_t>(i);
+        const auto see = [&](double value, uint32_t k) {
+            if (value > best) second = best, best = value, arg = k;
+            else if (value > second) second = value;
         };
-        bool decided = false;
-        if (way_ != ROW) {
-            own_pairs(false);
-            bool with_lagging = false;
-            const size_t count = kernels_->find_above(&active_s_[i * ACTIVE], active_screen_.data(), no_bits_.data(), active_.size(), 1.0f,
-                                                      static_cast<float>(found_best.second - screen_error_), found);
-            for (size_t q = 0; q < count; ++q) {
-                const uint32_t k = active_[found[q]];
-                if (bit(bits, k)) with_lagging = true;
-                else found_best.see(active_s_[i * ACTIVE + found[q]] + column_[k], k);
-            }
-            with_lagging |= row.length > 0 && std::max(row.s[0], row.bound) + screen_error_ + rest_ > found_best.second;
-            if (with_lagging) at = see_lagging(lagging, found_best);
-            Best so_far = found_best;  // a copy that stays in registers
-            for (size_t j = 0; j < row.length && row.s[j] + rest_ > so_far.second; ++j) {
-                const uint32_t k = row.id[j];
-                if (!bit(bits, k) && !is_active_[k]) so_far.see(row.s[j] + column_[k], k);
-            }
-            found_best = so_far;
-            decided = row.bound + rest_ <= found_best.second;
-        }
-        if (!decided) {
-            own_pairs(true);
-            scan_row(i, screen, maxima, found, found_best);
-        }
-        const double best = found_best.value, second = found_best.second;
-        const uint32_t arg = found_best.id;
+        for (const Entry &e : entries) see(e.s + e.a, e.id);
+        double pair[2] = {-std::numeric_limits<double>::infinity(), -std::numeric_limits<double>::infinity()};
+        kernels_->two_best(lagging.s.data(), lagging.a.data(), lagging.used, pair);
+        uint32_t at = 0;  // the best of those
+        if (pair[0] > best)
+            while (lagging.s[at] + lagging.a[at] != pair[0]) ++at;
+        see(pair[0], lagging.used ? lagging.id[at] : 0);
+        see(pair[1], 0);  // never the best
+        size_t listed = 0;
+        for (; listed < row.length && row.s[listed] > second; ++listed)
+            if (!bit(bits, row.id[listed])) see(row.s[listed] + column_[row.id[listed]], row.id[listed]);
+        if (row.bound > second) scan_on(i, row, screen, maxima, found, &second, see);
 
         // From here on the best pair has an r of its own.
-        if (at != none && lagging.id[at] != arg) at = none;  // something else was better
-        if (arg != i && !bit(bits, arg)) {
+        if (arg != i && !(at < lagging.used && lagging.id[at] == arg) && !bit(bits, arg)) {
             entries.push_back({weight * s[arg] - level, column_[arg], s[arg], arg});
             set_bit(bits, arg);
-        } else if (at != none) {
+        } else if (at < lagging.used && lagging.id[at] == arg) {
             entries.push_back({weight * lagging.s[at] - level, lagging.a[at], lagging.s[at], arg});
             lagging.move(--lagging.used, at);
         }
@@ -1045,50 +948,54 @@ private:
         column_sum[i] = self_sum;
         for (const Entry &e : entries) column_sum[e.id] = e.sum + std::max(e.r, 0.0);
         level_[i] = next_level;
-        return second;
     }
 
-    // Returns the place of the lagging pair that is the best of all seen, or their number.
-    size_t see_lagging(const Lagging &lagging, Best &best) const {
-        double pair[2] = {-std::numeric_limits<double>::infinity(), -std::numeric_limits<double>::infinity()};
-        kernels_->two_best(lagging.s, lagging.a, lagging.used, pair);
-        size_t at = lagging.used;
-        if (pair[0] > best.value)
-            for (at = 0; lagging.s[at] + lagging.a[at] != pair[0];) ++at;
-        best.see(pair[0], at < lagging.used ? lagging.id[at] : 0);
-        best.see(pair[1], 0);  // never the best
-        return at;
-    }
-
-    // See all pairs of row i without messages of their own.
-    void scan_row(size_t i, float *screen, float *maxima, uint32_t *found, Best &best) const {
+    // Go on with the scan of row i behind its list: the columns with the highest values, then all.
+    template <class See>
+    void scan_on(size_t i, const Row &row, float *screen, float *maxima, uint32_t *found, const double *second, const See &see) {
         const float *s = matrix_ + i * n_;
-        const uint32_t *bits = &with_own_[i * words_];
-        const Own &own = own_[i];
-        screen[i] = -std::numeric_limits<float>::infinity();
-        for (const Entry &e : own.entries) screen[e.id] = -std::numeric_limits<float>::infinity();
-        for (size_t j = 0; j < own.lagging.used; ++j) screen[own.lagging.id[j]] = -std::numeric_limits<float>::infinity();
-        kernels_->stretch_maxima(s, screen, n_, maxima);
-        float top = -std::numeric_limits<float>::infinity(), next = top;
-        for (size_t first = 0; first < n_; first += STRETCH) {
-            const float value = maxima[first / STRETCH];
-            next = std::max(next, std::min(top, value));
-            top = std::max(top, value);
+        uint32_t *bits = &with_own_[i * words_];
+        size_t marked = 0;  // in `bits` for now, as seen
+        const auto mark = [&](uint32_t k) {
+            set_bit(bits, k);
+            found[marked++] = k;
+        };
+        for (size_t j = 0; j < row.length; ++j)
+            if (!bit(bits, row.id[j])) mark(row.id[j]);
+        size_t tried = 0;
+        for (; tried < active_.size() && row.bound + column_[active_[tried]] > *second; ++tried) {
+            const uint32_t k = active_[tried];
+            if (bit(bits, k)) continue;
+            see(s[k] + column_[k], k);
+            mark(k);
         }
-        // Two pairs at least have a true value of `next` - error.
-        const double limit = std::max(best.second, next - screen_error_) - screen_error_;
-        for (size_t first = 0; first < n_; first += STRETCH) {
-            if (maxima[first / STRETCH] < limit) continue;
-            const size_t count = kernels_->find_above(s + first, screen + first, bits + first / 32, std::min(STRETCH, n_ - first), 1.0f,
-                                                      static_cast<float>(limit), found);
-            for (size_t q = 0; q < count; ++q) {
-                const size_t k = first + found[q];
-                best.see(s[k] + column_[k], static_cast<uint32_t>(k));
+        if (tried == active_.size() && row.bound + rest_ > *second) {
+            const auto for_marked = [&](auto body) {
+                for (size_t w = 0; w < words_; ++w)
+                    for (uint32_t word = bits[w]; word; word &= word - 1) body(w * 32 + static_cast<size_t>(__builtin_ctz(word)));
+            };
+            for_marked([&](size_t k) { screen[k] = -std::numeric_limits<float>::infinity(); });
+            kernels_->stretch_maxima(s, screen, n_, maxima);
+            float top = -std::numeric_limits<float>::infinity(), next = top;
+            for (size_t first = 0; first < n_; first += STRETCH) {
+                const float value = maxima[first / STRETCH];
+                next = std::max(next, std::min(top, value));
+                top = std::max(top, value);
             }
+            // Two pairs at least have a true value of `next` - error.
+            const double limit = std::max(*second, next - screen_error_) - screen_error_;
+            for (size_t first = 0; first < n_; first += STRETCH) {
+                if (maxima[first / STRETCH] < limit) continue;
+                const size_t count = kernels_->find_above(s + first, screen + first, bits + first / 32, std::min(STRETCH, n_ - first), 1.0f,
+                                                          static_cast<float>(limit), found + marked);
+                for (size_t q = 0; q < count; ++q) {
+                    const size_t k = first + found[marked + q];
+                    see(s[k] + column_[k], static_cast<uint32_t>(k));
+                }
+            }
+            for_marked([&](size_t k) { screen[k] = screen_[k]; });
         }
-        screen[i] = screen_[i];
-        for (const Entry &e : own.entries) screen[e.id] = screen_[e.id];
-        for (size_t j = 0; j < own.lagging.used; ++j) screen[own.lagging.id[j]] = screen_[own.lagging.id[j]];
+        for (size_t q = 0; q < marked; ++q) clear_bit(bits, found[q]);
     }
 
     // The columns' sums of positive responsibilities. Each thread adds up a range of the columns, all in the order of the rows.
@@ -1225,13 +1132,7 @@ private:
     // After use_matrix.
     const float *matrix_ = nullptr;
     Buffer<double> partial_;  // per block: its part of the column sums
-    double largest_ = 0, screen_error_ = 0;
-    // How rows look for their best values: by their own pairs and the list; by some columns with high values in between; or all at once.
-    enum { LIST, COLUMNS, ROW } way_ = LIST;
-    size_t useful_ = 0;  // for so many iterations in a row COLUMNS would have decided most rows
-    std::vector<size_t> undecided_, undecided_by_list_;  // per block: rows that COLUMNS, LIST would not have decided
-    // The highest column value, that outside `active_`, and that outside of the columns that must be active if any are.
-    double highest_ = 0, rest_ = 0, after_active_ = 0;
+    double largest_ = 0, screen_error_ = 0, rest_ = 0;  // rest_: no column outside `active_` is worth more
     std::vector<Own> own_;
     Buffer<float> scratch_screen_, scratch_maxima_;  // per block
     Buffer<uint32_t> scratch_found_;
@@ -1240,11 +1141,6 @@ private:
     bool cleaning_ = false;      // in this iteration, look for lagging pairs that no longer are
     Buffer<float> screen_, excess_;
     std::vector<uint32_t> active_;
-    Buffer<uint8_t> is_active_;
-    Buffer<float> active_s_, active_screen_;  // (n, ACTIVE) similarities to them, and their column values
-    Buffer<uint32_t> no_bits_;
-    std::vector<Row> list_;     // the first FIRST_LENGTH of each row's list
-    Buffer<uint32_t> all_own_;  // so many pairs at least, from the list's beginning, have messages of their own
 };
 
 // ------------------------------------------------------------------------------------------------------- the C functions
