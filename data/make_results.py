@@ -69,14 +69,15 @@ def render_backbones(path):
     for place in [(d, split) for split in ("file-order", "random") for d in found["datasets"]]:
         models = {m["model"]: m for m in found["models"] if (m["dataset"], m["split"], m["variant"]) == (*place, "")}
         published = found["datasets"][place[0]]["published"] if place[1] == "file-order" else {}
-        gains = {c["a"][1]: c for c in found["comparisons"] if c["family"] == "taught" and (c["dataset"], c["split"]) == place}
+        gains = {(c["a"][1], c["b"][1]): c for c in found["comparisons"] if c["family"] in ("help", "taught") and (c["dataset"], c["split"]) == place
+                 and not c["a"][0] and not c["b"][0]}
         rows = []
         for b in [b for b in ALL if {b, f"{b}-tuned"} & models.keys()]:
             tuned = [settled(place[0], f"{b}-tuned{eimf}") for eimf in ("", "-eimf")]
             cells = [f"{m['metrics']['recall@50']['mean']:.4f}" + (f" ± {m['metrics']['recall@50']['sd']:.4f}" if m["metrics"]["recall@50"]["sd"] is not None else "")
                      + f" ({len(m['seeds'])})" if (m := models.get(name)) else "" for name in (b, f"{b}-eimf", *tuned)]
             paper = [f"*{published[name]['recall@50']:.4f}*" if name in published else "" for name in (b, f"{b}-eimf")]
-            gain = gains.get(tuned[1])
+            gain = gains.get((tuned[1], tuned[0]))
             rows.append([b, *cells, f"{gain['gain']:+.4f}, {gain['verdict']}" if gain else "", *paper])
         if rows:
             header = ["backbone", "default", "with EIMF", "tuned", "tuned, with EIMF", "gain of EIMF when tuned", "*paper*", "*paper, EIMF*"]

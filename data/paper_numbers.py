@@ -149,7 +149,8 @@ def contrasts(keys):
         for b in found:
             if found[b]["flags"]:
                 yield "tuned", tuned[b], (*place, "", b)
-            yield "taught", tuned[b + "-eimf"], tuned[b]
+            if tuned[b][3] != "remi":  # it is tested under "help"
+                yield "taught", tuned[b + "-eimf"], tuned[b]
         if found:
             strongest = tuned[max(found, key=lambda b: found[b]["recall@50"])]
             for model in ("remi-best", "remi-eimf"):

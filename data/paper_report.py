@@ -332,7 +332,7 @@ def tuned(n):
         pairs = [settled(dataset, f"{b}-tuned{eimf}") for b in n.all["tuning"].get(dataset, ()) for eimf in ("", "-eimf")]
         pairs = [m for m in pairs if (dataset, split, "", m) in n.models]
         out += model_table(n, dataset, split, pairs, SHOWN, f"{dataset}, {split} split, tuned", published=False)
-    out += comparison_table(n.comparisons("taught"), "Tuned, with EIMF, against the same without", "a")
+    out += comparison_table(n.comparisons("taught"), "Tuned, with EIMF, against the same without (REMI with default settings: see above)", "a")
     out += comparison_table(n.comparisons("tuned"), "Tuned, against the same with default settings", "a")
     strongest = {place: LABELS[max(found, key=lambda b: found[b]["recall@50"])] for place, found in n.all["tuning"].items()}
     out += comparison_table(n.comparisons("strongest"), "Against the tuned backbone that is strongest on validation users: "

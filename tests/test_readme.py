@@ -87,7 +87,7 @@ def test_make_results_renders_every_backbone(make_results):
 
     numbers = {"datasets": {"Office": {"published": {"mind": {"recall@50": .1593}}}},
                "models": [entry("mind", .14, seeds=(0, 1, 2)), entry("mind-tuned", .2), entry("mind-tuned-eimf", .21), entry("dnn", .17), entry("mind-tuned", .19, "random")],
-               "comparisons": [{"family": "taught", "dataset": "Office", "split": "file-order", "a": ["", "mind-tuned-eimf"], "gain": .01, "verdict": "not significant"}],
+               "comparisons": [{"family": "taught", "dataset": "Office", "split": "file-order", "a": ["", "mind-tuned-eimf"], "b": ["", "mind-tuned"], "gain": .01, "verdict": "not significant"}],
                "tuning": {"Office": {"mind": {"flags": "--dropout 0.5", "trials": [{"minutes": 1.5}] * 6}, "dnn": {"flags": "", "trials": [{"minutes": 1.0}] * 6}}}}
     text = make_results("backbones", numbers)
     assert "| mind | 0.1400 ± 0.0100 (3) |  | 0.2000 (1) | 0.2100 (1) | +0.0100, not significant | *0.1593* |  |" in text
