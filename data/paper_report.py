@@ -25,7 +25,7 @@ VARIANT_LABELS = {"random-typical": "random typical users", "phrases": "category
 SHOWN = {"recall@20": "Recall@20", "recall@50": "Recall@50", "hr@20": "HR@20", "hr@50": "HR@50"}
 NDCG = {"ndcg@20": "NDCG@20", "ndcg@50": "NDCG@50", "ndcg_published@20": "set order @20", "ndcg_published@50": "set order @50"}
 PARTS = {"history": "histories of {} events", "target": "targets seen {} times"}
-TEXT_COLUMNS = ("data", "split", "model", "against", "verdict", "part", "command", "typical users")
+TEXT_COLUMNS = ("data", "split", "model", "against", "verdict", "part", "command", "typical users", "settings kept")
 GROUPS = dict(zip(NAMES, ("Table 1", "Does EIMF help?", "both splits", "further controls", "Best recipe", "Table 2", "Table 3", "Figure 3", "Figure 4", "Table 4",
                           "All backbones, tuned")))
 HOW_TO_READ = (
