@@ -26,7 +26,7 @@ SAID = [*(("remi-eimf", b) for b in ("remi", *CONTROLS)), ("remi-best", "remi"),
 CORE = {
     "affinity_propagation": ("Affinity propagation, seconds per iteration", {
         "points": ("points", "d"), "threads": ("threads", "d"), "quantile": ("preference, quantile of the similarities; above 1: times the lowest", "g"),
-        "clusters": ("clusters", "d"), "eimf s/iteration": ("eimf", ".4f"), "scikit-learn s/iteration": ("scikit-learn", ".3f"), "ratio": ("ratio", ".0f"), "bandwidth share": ("bandwidth to read all similarities once in that time, share of the memory's", ".0%"),
+        "clusters": ("clusters", "d"), "eimf s/iteration": ("eimf", ".4f"), "scikit-learn s/iteration": ("scikit-learn", ".3f"), "ratio": ("ratio", ".0f"), "bandwidth share": ("one pass over all similarities in that time, share of memory bandwidth", ".0%"),
         "fit ratio": ("whole fit, ratio", ".0f"), "eimf MiB": ("eimf MiB", "d"), "memory ratio": ("memory, ratio", ".0f")}),
     "scoring": ("Top 50 of the maximum over K = 4 interests, D = 64, users per second", {
         "items": ("items", "d"), "threads": ("threads", "d"), "eimf users/s": ("eimf", ".0f"), "NumPy users/s": ("NumPy", ".0f"),
