@@ -114,7 +114,7 @@ def started(data, stage="06_train"):
     return [line.split(" ", 1)[1].strip() for line in (data / "started.txt").read_text().splitlines() if line.startswith(stage)]
 
 
-def test_plan_orders_by_information_and_shares_runs():
+def test_plan_orders_by_information_and_shares_runs(tuning_file):
     runs = plan()
     assert [rank for rank, _ in runs.values()] == sorted(rank for rank, _ in runs.values())
     first = [run for run, (rank, _) in runs.items() if rank == 0]
