@@ -97,6 +97,11 @@ def tuning(dataset):
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
+def strongest(found):
+    """The backbone with the highest validation Recall@50 in what `tuning` returns, not empty."""
+    return max(found, key=lambda b: found[b]["recall@50"])
+
+
 def settled(dataset, model):
     """`model`, or the same without "-tuned" where tuning kept the default settings: that run serves for both."""
     backbone, _, rest = model.partition("-tuned")

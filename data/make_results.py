@@ -39,6 +39,11 @@ CORE = {
 }
 
 
+def spread(mean, sd):
+    """"0.2500 ± 0.0100; without the second for a single seed."""
+    return f"{mean:.4f}" + (f" ± {sd:.4f}" if sd is not None else "")
+
+
 def render(path):
     """The main results of the reproduction as Markdown."""
     found, parts = json.loads(path.read_text(encoding="utf-8")), []
@@ -47,8 +52,7 @@ def render(path):
         published, rows = found["datasets"][place[0]]["published"] if place[1] == "file-order" else {}, []
         for name in [name for name in MODELS if name in models]:
             metrics = models[name]["metrics"]
-            rows.append([name, str(len(models[name]["seeds"])), *(
-                f"{metrics[c]['mean']:.4f}" + (f" ± {metrics[c]['sd']:.4f}" if metrics[c]["sd"] is not None else "") for c in COLUMNS)])
+            rows.append([name, str(len(models[name]["seeds"])), *(spread(metrics[c]["mean"], metrics[c]["sd"]) for c in COLUMNS)])
             if name in published:
                 rows.append([f"*paper, {name}*", "", *(f"*{published[name][c]:.4f}*" if c in published[name] else "" for c in COLUMNS)])
         if not rows:
@@ -74,8 +78,8 @@ def render_backbones(path):
         rows = []
         for b in [b for b in ALL if {b, f"{b}-tuned"} & models.keys()]:
             tuned = [settled(place[0], f"{b}-tuned{eimf}") for eimf in ("", "-eimf")]
-            cells = [f"{m['metrics']['recall@50']['mean']:.4f}" + (f" ± {m['metrics']['recall@50']['sd']:.4f}" if m["metrics"]["recall@50"]["sd"] is not None else "")
-                     + f" ({len(m['seeds'])})" if (m := models.get(name)) else "" for name in (b, f"{b}-eimf", *tuned)]
+            cells = [f"{spread(*(m['metrics']['recall@50'][k] for k in ('mean', 'sd')))} ({len(m['seeds'])})" if (m := models.get(name)) else ""
+                     for name in (b, f"{b}-eimf", *tuned)]
             paper = [f"*{published[name]['recall@50']:.4f}*" if name in published else "" for name in (b, f"{b}-eimf")]
             gain = gains.get((tuned[1], tuned[0]))
             rows.append([b, *cells, f"{gain['gain']:+.4f}, {gain['verdict']}" if gain else "", *paper])
@@ -94,7 +98,7 @@ def render_offline(folder):
     parts = []
     for path in (folder / "Office_Products-file-order.json", folder / "Office_Products.json"):
         found = json.loads(path.read_text(encoding="utf-8"))
-        rows = [[name, str(len(entry["seeds"])), *(f"{entry['mean'][c]:.4f}" + (f" ± {entry['sd'][c]:.4f}" if entry["sd"][c] is not None else "") for c in COLUMNS)]
+        rows = [[name, str(len(entry["seeds"])), *(spread(entry["mean"][c], entry["sd"][c]) for c in COLUMNS)]
                 for name in MODELS if (entry := found["models"].get(name))]
         said = [f"- {d['model']} against {d['against']}, R@50: {d['recall@50']:+.4f} (95 % interval over users {d['low']:+.4f} to {d['high']:+.4f}, {d['seeds']} seeds)."
                 for d in found["differences"]]

@@ -21,7 +21,7 @@ from eimf.artifacts import load_array, load_json, load_lines
 from eimf.data import load_interactions, range_positions
 from eimf.published import BEST_PREFERENCE, STATISTICS, published
 from eimf.statistics import LEVEL, bootstrap, holm, paired_p
-from experiments import ABLATIONS, ALL, BASELINES, BEST, CONTROLS, PAPER, PREFERENCES, TAUGHT, folder_of, settled, tuning
+from experiments import ABLATIONS, ALL, BASELINES, BEST, CONTROLS, PAPER, PREFERENCES, TAUGHT, folder_of, settled, strongest, tuning
 
 METRICS = ("recall@20", "recall@50", "hr@20", "hr@50", "ndcg@20", "ndcg@50", "ndcg_published@20", "ndcg_published@50")
 TESTED = "recall@50"  # the one metric that is tested; the paper selects models by it too
@@ -152,9 +152,8 @@ def contrasts(keys):
             if tuned[b][3] != "remi":  # it is tested under "help"
                 yield "taught", tuned[b + "-eimf"], tuned[b]
         if found:
-            strongest = tuned[max(found, key=lambda b: found[b]["recall@50"])]
             for model in ("remi-best", "remi-eimf"):
-                yield "strongest", (*place, "", model), strongest
+                yield "strongest", (*place, "", model), tuned[strongest(found)]
         for b in ABLATIONS:
             yield "fig3", main, (*place, "", b)
         for variant in PREFERENCES:
@@ -207,7 +206,7 @@ def cluster_facts(data_dir, folder):
 def has_foreign_ids(folder):
     """Whether the items of one of the paper's data sets have other ids than Amazon's ten characters."""
     items = load_lines(folder / "01_preprocess" / "items.jsonl")
-    return any(not re.fullmatch("[0-9A-Z]{10}", item["id"]) for item in items if item)
+    return any(not re.fullmatch("[0-9A-Z]{10}", item["id"]) for item in items)
 
 
 def collect(args, runs, tasks, state, remaining):

@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 
 from eimf.artifacts import atomic, save_json
 from eimf.report import COLOURS, figure, html_page, markdown_table, p_value
-from experiments import ABLATIONS, ALL, BASELINES, BEST, CONTROLS, NAMES, NEED_TEXT, OTHERS, PREFERENCES, TAUGHT, folder_of, settled
+from experiments import ABLATIONS, ALL, BASELINES, BEST, CONTROLS, NAMES, NEED_TEXT, OTHERS, PREFERENCES, TAUGHT, folder_of, settled, strongest
 
 LABELS = {"pop": "Pop", "dnn": "DNN", "gru4rec": "GRU4Rec", "sasrec": "SASRec", "bert4rec": "BERT4Rec", "llm2bert4rec": "LLM2BERT4Rec",
           "mind": "MIND", "comirec-sa": "ComiRec-SA", "remi": "REMI", "comirec-dr": "ComiRec-DR", "sine": "SINE", "bert4rec-cloze": "BERT4Rec, cloze task"}
@@ -334,9 +334,8 @@ def tuned(n):
         out += model_table(n, dataset, split, pairs, SHOWN, f"{dataset}, {split} split, tuned", published=False)
     out += comparison_table(n.comparisons("taught"), "Tuned, with EIMF, against the same without (REMI with default settings: see above)", "a")
     out += comparison_table(n.comparisons("tuned"), "Tuned, against the same with default settings", "a")
-    strongest = {place: LABELS[max(found, key=lambda b: found[b]["recall@50"])] for place, found in n.all["tuning"].items()}
     out += comparison_table(n.comparisons("strongest"), "Against the tuned backbone that is strongest on validation users: "
-                            + listed(f"{b} on {d}" for d, b in strongest.items()), "a")
+                            + listed(f"{LABELS[strongest(found)]} on {d}" for d, found in n.all["tuning"].items()), "a")
     return [("h2", "Every backbone, tuned, with and without EIMF"), ("p", ABOUT_TUNED), *out] if out else []
 
 

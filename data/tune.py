@@ -10,7 +10,6 @@ Writes  <data-dir>/<data set>-file-order/06_train/<backbone>-tune-<trial>/; what
         data/results/tuning-<data set>.json  backbone -> flags that were kept, and what each trial gave
 """
 import argparse
-import os
 import shlex
 import subprocess
 import sys
@@ -53,9 +52,11 @@ def merged(flags, more):
 def trial(args, dataset, backbone, number, flags):
     """Train once: its line of the table."""
     folder, name = folder_of(dataset, "file-order"), f"{backbone}-tune-{number}"
-    subprocess.run([sys.executable, str(ROOT / "stages/06_train.py"), "--data-dir", str(args.data_dir), "--dataset", folder, "--run", name,
-                    "--backbone", backbone, *shlex.split(merged(args.train_args, flags)), "--threads", str(args.threads), "--skip-done"],
-                   check=True, stdout=subprocess.DEVNULL)
+    done = subprocess.run([sys.executable, str(ROOT / "stages/06_train.py"), "--data-dir", str(args.data_dir), "--dataset", folder, "--run", name,
+                           "--backbone", backbone, *shlex.split(merged(args.train_args, flags)), "--threads", str(args.threads), "--skip-done"],
+                          stdout=subprocess.DEVNULL)
+    if done.returncode:
+        raise UserError(f"training {folder}/06_train/{name} ended with exit code {done.returncode}, for the reason above; the same command goes on")
     run = args.data_dir / folder / "06_train" / name
     config = load_json(run / "config.json")
     return {"flags": flags, "recall@50": round(config["valid"]["recall@50"], 5), "best_iteration": config["best_iteration"],

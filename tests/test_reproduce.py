@@ -465,5 +465,7 @@ def test_tuning_trains_once(tiny, monkeypatch, tuning_file):
     times = [p.stat().st_mtime_ns for p in (tiny / "tiny/06_train").glob("dnn-tune-*/model.pt2")]
     tune.main(arguments)
     assert len(times) == 2 and times == [p.stat().st_mtime_ns for p in (tiny / "tiny/06_train").glob("dnn-tune-*/model.pt2")]
+    with pytest.raises(UserError, match="dnn-tune-0 ended with exit code 2, for the reason above"):
+        tune.main([*arguments[:-1], "--dim 0"])
     with pytest.raises(UserError, match="has no output of stage 01"):
         tune.main([*arguments, "--data-dir", str(tiny / "nowhere")])
