@@ -5,6 +5,7 @@ are `<data set>[-<split>][-<variant>]/06_train/<model>-s<seed>/` and `.../07_eva
 to MODELS, VARIANTS or GROUPS.
 """
 import json
+import shlex
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -132,6 +133,12 @@ class Run:
     @property
     def name(self):
         return f"{self.model}-s{self.seed}"
+
+
+def training(run, shared=TRAIN):
+    """Stage 06's command of a run; the model's own flags win over the shared ones."""
+    return ["stages/06_train.py", "--dataset", run.folder, "--run", run.name, *shlex.split(shared), *shlex.split(arguments(run.dataset, run.model)),
+            *shlex.split(VARIANTS[run.variant][2]), "--seed", str(run.seed)]
 
 
 def plan(datasets=PAPER, only=NAMES, seeds=5, recorded=("Office",)):

@@ -9,7 +9,7 @@
                  adjusted by Holm within the table, data set and split; verdict
     tuning       data set -> what data/tune.py found
     clusters     folder -> what stages 03 and 04 did: typical users, preference, LLM calls
-    remaining    group -> runs left and their estimated seconds
+    remaining    group -> runs left and their estimated seconds (reproduce.py fills it in)
 """
 import re
 import shlex
@@ -32,6 +32,11 @@ MAIN = ("", "remi-eimf")
 
 def rounded(value, digits=5):
     return None if value is None else round(float(value), digits)
+
+
+def significant(p):
+    """A p-value to three digits. They are cut before Holm's correction, so that it comes out the same from the stored ones."""
+    return None if p is None else float(f"{p:.3g}")
 
 
 def bin_name(low, high):
@@ -98,7 +103,7 @@ def compare(family, a, b, a_values, b_values, **facts):
     return {"family": family, "dataset": a[0], "split": a[1], "a": list(a[2:]), "b": list(b[2:]), **facts, "gain": rounded(mean),
             "low": rounded(low), "high": rounded(high), "seeds": len(seeds), "users": gains.shape[1],
             "gain_by_seed": [rounded(g) for g in gains.mean(1)],
-            "p_users": paired_p(gains.mean(0)), "p_seeds": paired_p(gains.mean(1))}
+            "p_users": significant(paired_p(gains.mean(0))), "p_seeds": significant(paired_p(gains.mean(1)))}
 
 
 def adjust(comparisons):
@@ -116,8 +121,8 @@ def adjust(comparisons):
                 c[test + "_holm"] = p
     for c in comparisons:
         c["verdict"] = verdict(c)
-        for key in [k for k in c if k.startswith("p_")]:
-            c[key] = None if c[key] is None else float(f"{c[key]:.3g}")
+        for test in ("p_users_holm", "p_seeds_holm"):
+            c[test] = significant(c[test])
     return comparisons
 
 
@@ -209,8 +214,8 @@ def has_foreign_ids(folder):
     return any(not re.fullmatch("[0-9A-Z]{10}", item["id"]) for item in items)
 
 
-def collect(args, runs, tasks, state, remaining):
-    """All numbers. `tasks`: {Run: Task}; `remaining`: {group: (runs, seconds)}."""
+def collect(args, runs, tasks, state):
+    """All numbers, but for "remaining", which is empty. `tasks`: {Run: Task}."""
     results = Results(args.data_dir, [run for run in runs if state.outcome(tasks[run]) == "done"])
     keys = list(dict.fromkeys((r.dataset, r.split, r.variant, r.model) for r in runs if (r.dataset, r.split, r.variant, r.model) in results.runs))
     datasets, clusters = {}, {}
@@ -245,5 +250,5 @@ def collect(args, runs, tasks, state, remaining):
             "tuning": {d: found for d in args.datasets if (found := tuning(d))},
             "no_titles": sorted(d for d, facts in datasets.items() if not facts["stats"].get("items_with_title")),
             "foreign_ids": sorted(d for d in datasets if d in PAPER and has_foreign_ids(args.data_dir / folder_of(d, "file-order"))),
-            "remaining": {g: [n, rounded(s, 0)] for g, (n, s) in remaining.items()}, "seeds": args.seeds, "train_args": args.train_args,
+            "remaining": {}, "seeds": args.seeds, "train_args": args.train_args,
             "asked": {"datasets": list(args.datasets), "groups": list(args.only)}}

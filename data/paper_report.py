@@ -425,7 +425,8 @@ def run_deviations(n):
 def provenance(n):
     out = [("h2", "What is behind each number"),
            ("p", "RAW_DIR and LLM_DIR stand for the folders of raw files and recorded answers. The first seed's command is shown; the others "
-                 "differ in --seed and --run.")]
+                 "differ in --seed and --run. The runs may be of several machines and commits. A comparison of fewer seeds than its models have is of earlier "
+                 "runs or of the seeds that both have.")]
     machines = list(dict.fromkeys(str(m) for e in n.all["models"] for m in e["machines"]))
     unique = {str(m): m for e in n.all["models"] for m in e["machines"]}.values()
     described = [f"{m['cpu']}, {m['cores']} cores, {m['gpu'] or 'no GPU'}" for m in unique]

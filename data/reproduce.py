@@ -8,7 +8,8 @@ Reads   the raw files of each data set in --raw-dir, recorded LLM answers `<name
 Writes  <data-dir>/<data set>[-<split>][-<variant>]/   the stages' folders
         <data-dir>/reproduction/<folder>/<task>.json, .log, .lock     what each task ran, printed, and who holds it
         <data-dir>/reproduction/numbers.json, report.md, report.html, *.svg  see paper_report.py
-        data/results/   with --publish: numbers.json, report.md and its figures, the copies under version control
+        data/results/   with --publish: numbers.json, report.md and its figures, the copies under version control. Publishing adds: what was
+                        run elsewhere stays, unless there are more seeds of it here or its settings have changed; see paper_merge.py
 
 A run that is done is skipped, if its arguments and inputs are still the same. Several processes may work in one data folder, on one
 machine: a lock on each task sees that no two take the same one, and a process waits for what others still hold. Exit codes: 0 all is done;
@@ -31,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "stages"))
 
 import experiments  # noqa: E402
+import paper_merge  # noqa: E402
 import paper_numbers  # noqa: E402
 import paper_report  # noqa: E402
 from eimf.artifacts import load_json, load_lines, run as run_main, save_json  # noqa: E402
@@ -56,7 +58,7 @@ def parse(argv):
     add("--jobs", type=int, default=0, help="runs at a time (default: one a core up to 4; on a GPU, half the cores up to 8)")
     add("--list", action="store_true", help="print what would be run, with the time it takes, and stop")
     add("--report", action="store_true", help="run nothing, only write the report of what is done")
-    add("--publish", action="store_true", help="copy numbers and report to data/results/")
+    add("--publish", action="store_true", help="add the numbers to those in data/results/, and write the report of all of them")
     args = parser.parse_args(argv)
     for name, known in (("datasets", DATASETS), ("only", NAMES)):
         chosen = tuple(dict.fromkeys(getattr(args, name).split(",")))
@@ -66,6 +68,8 @@ def parse(argv):
         setattr(args, name, chosen)
     if args.seeds < 1 or args.jobs < 0:
         parser.error("--seeds must be at least 1, --jobs at least 0")
+    if args.publish and args.train_args != experiments.TRAIN:
+        parser.error(f"--publish: all that is published has --train-args {experiments.TRAIN!r}; change TRAIN in experiments.py for others")
     args.raw_dir = args.raw_dir or args.data_dir / "raw"
     beside = ROOT.parent / "shared" / "llm"
     args.llm_dir = args.llm_dir or (beside if beside.is_dir() else None)
@@ -136,10 +140,8 @@ def tasks_of(runs, args, answers):
             prepare(dataset, "file-order", "", False, 0)
     for run, (rank, _) in runs.items():
         before = prepare(run.dataset, run.split, run.variant, run.model in NEED_TEXT, rank)
-        train = ["stages/06_train.py", "--dataset", run.folder, "--run", run.name, *shlex.split(args.train_args), *shlex.split(arguments(run.dataset, run.model)),
-                 *shlex.split(VARIANTS[run.variant][2]), "--seed", str(run.seed)]  # the model's own flags win
         tasks[run.folder, run.name] = Task(
-            run.folder, run.name, [train, ["stages/07_evaluate.py", "--dataset", run.folder, "--run", run.name]],
+            run.folder, run.name, [experiments.training(run, args.train_args), ["stages/07_evaluate.py", "--dataset", run.folder, "--run", run.name]],
             run.dataset, rank, run, [before])
     return list(tasks.values())
 
@@ -366,6 +368,16 @@ def print_list(runner, runs):
     print(f"{done} runs are done, {sum(1 for t in runner.pending if t.run)} to go: about {shown(runner.left())} with {runner.jobs} at a time")
 
 
+def remaining(tasks, runs, numbers, clock):
+    """{group: [runs that `numbers` lack, estimated seconds]}, but for runs that need titles where there are none."""
+    done = {experiments.Run(*paper_merge.key_of(m), seed) for m in numbers["models"] for seed in m["seeds"]}
+    seconds = defaultdict(list)
+    for task in tasks:
+        if task.run and task.run not in done and not (task.run.model in NEED_TEXT and task.dataset in numbers["no_titles"]):
+            seconds[runs[task.run][1][0]].append(clock.estimate(task))
+    return {group: [len(of), float(round(sum(of)))] for group, of in seconds.items()}
+
+
 def main(argv=None):
     args = parse(argv)
     answers = recorded_answers(args)
@@ -378,13 +390,16 @@ def main(argv=None):
         print_list(runner, runs)
         return 0
     complete = args.report or runner.work()
-    remaining = defaultdict(lambda: [0, 0.0])
-    for task in tasks:
-        if task.run and task not in runner.unavailable and state.outcome(task) != "done":
-            group = runs[task.run][1][0]
-            remaining[group] = [remaining[group][0] + 1, remaining[group][1] + runner.clock.estimate(task)]
-    numbers = paper_numbers.collect(args, runs, {task.run: task for task in tasks if task.run}, state, remaining)
-    paper_report.write(args, numbers, ROOT / "data" / "results")
+    numbers, results = paper_numbers.collect(args, runs, {task.run: task for task in tasks if task.run}, state), ROOT / "data" / "results"
+    if args.publish:
+        published = results / "numbers.json"
+        numbers, dropped = paper_merge.merge(load_json(published) if published.is_file() else numbers, numbers)
+        if dropped:
+            print("no longer published: " + "; ".join(dropped))
+        runs = experiments.plan(numbers["asked"]["datasets"], numbers["asked"]["groups"], numbers["seeds"])
+        tasks = tasks_of(runs, args, answers)
+    numbers["remaining"] = remaining(tasks, runs, numbers, runner.clock)
+    paper_report.write(args, numbers, results)
     for task in runner.failed:
         print(f"failed: {task.label}, see {state.path(task, '.log')}", file=sys.stderr)
     return 1 if runner.failed else 0 if complete else 3

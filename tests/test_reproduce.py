@@ -3,6 +3,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -22,11 +23,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "data"))
 
 import experiments  # noqa: E402
+import paper_merge  # noqa: E402
 import paper_numbers  # noqa: E402
 import paper_report  # noqa: E402
 import reproduce  # noqa: E402
 import tune  # noqa: E402
-from experiments import Run, plan  # noqa: E402
+from experiments import CONTROLS, Run, plan  # noqa: E402
 
 # Stands in for every numbered stage: takes a moment, writes down that it started, and leaves the files the runner and the report read.
 STAGE = '''
@@ -87,7 +89,7 @@ def copy(tmp_path):
     (tmp_path / "stages").mkdir()
     shutil.copytree(ROOT / "stages" / "eimf", tmp_path / "stages" / "eimf")
     (tmp_path / "data").mkdir()
-    for file in ("experiments.py", "reproduce.py", "paper_numbers.py", "paper_report.py"):
+    for file in ("experiments.py", "reproduce.py", "paper_merge.py", "paper_numbers.py", "paper_report.py"):
         shutil.copy(ROOT / "data" / file, tmp_path / "data")
     for stage in ("01_preprocess", "02_encode_text", "03_cluster_users", "04_infer_interests", "05_encode_interests", "06_train", "07_evaluate"):
         (tmp_path / "stages" / f"{stage}.py").write_text(STAGE)
@@ -399,6 +401,103 @@ def test_pages_hold_numbers_deviations_and_provenance():
     for svg in page.split("<figure>")[1:]:
         ElementTree.fromstring(svg[:svg.index("</svg>") + 6])
     assert len({len(row) for kind, *rest in found if kind == "table" for row in [rest[0], *rest[1]] if rest[2].startswith("EIMF(REMI) against its")}) == 1
+
+
+def entry(model, seeds, recall=.2, variant=""):
+    """A model's entry as it is published."""
+    run = Run("Office", "file-order", variant, model, 0)
+    return {"dataset": run.dataset, "split": run.split, "variant": variant, "model": model, "folder": run.folder, "seeds": list(range(seeds)),
+            "by_seed": [recall] * seeds, "commands": [shlex.join(["python", *experiments.training(run)])]}
+
+
+def collected(models, comparisons=(), **facts):
+    """The numbers of one data folder."""
+    return numbers([]) | {"models": models, "comparisons": list(comparisons), "asked": {"datasets": ["Office"], "groups": ["headline"]}} | facts
+
+
+def against(b, p, seeds, **facts):
+    return comparison("Office", b, "better", seeds=seeds) | {"p_users": p, "p_seeds": None, "p_users_holm": p, "p_seeds_holm": None} | facts
+
+
+def part(**recall):
+    return {"dataset": "Office", "split": "file-order", "kind": "history", "part": "5 to 9", "users": 9, "recall": {m.replace("_", "-"): v for m, v in recall.items()}}
+
+
+def test_publishing_adds(tuning_file):
+    """More seeds stay, of equals the new; parts follow their models; Holm's correction is made over old and new together."""
+    cut = against(experiments.ABLATIONS[0], .01, 5, family="fig3", p_users_holm=.0102)  # as made from more digits than are stored
+    old = collected([entry("remi", 5), entry("remi-eimf", 3), entry("dnn", 1), entry("pop", 1), entry(CONTROLS[0], 3), entry(experiments.ABLATIONS[0], 5)],
+                    [against("remi", .02, 3), against(CONTROLS[0], .03, 3), cut, against("dnn", .01, 1, family="baselines")], parts=[part(remi=.1, remi_eimf=.2)],
+                    clusters={f: {"llm": "recorded"} for f in ("Office_Products-file-order", "Office_Products-gone")}, no_titles=["Office"])
+    new = collected([entry("remi-eimf", 4, .3), entry("remi", 4, .3), entry("dnn", 1, .3), entry(CONTROLS[1], 4, .3)],
+                    [against("remi", .01, 4), against(CONTROLS[1], .04, 4)], parts=[part(remi=.3, remi_eimf=.4)], seeds=2)
+    before = json.dumps([old, new])
+    merged, dropped = paper_merge.merge(old, new)
+    assert json.dumps([old, new]) == before
+    assert [(m["model"], len(m["seeds"]), m["by_seed"][0]) for m in merged["models"]] == [
+        ("remi", 5, .2), ("remi-eimf", 4, .3), (CONTROLS[0], 3, .2), (CONTROLS[1], 4, .3), ("pop", 1, .2), ("dnn", 1, .3), (experiments.ABLATIONS[0], 5, .2)]
+    assert [(c["b"][1], c["seeds"], c["p_users_holm"]) for c in merged["comparisons"]] == [
+        ("remi", 4, .03), (CONTROLS[0], 3, .06), (CONTROLS[1], 4, .06), (experiments.ABLATIONS[0], 5, .0102)]
+    assert merged["comparisons"][1]["verdict"] == "not significant" and merged["comparisons"][0]["verdict"].startswith("better")
+    assert dropped == ["1 comparisons: no longer made, or of models that were dropped or both run anew"]  # of dnn and remi-eimf
+    assert merged["parts"] == [part(remi=.1, remi_eimf=.4)] and list(merged["clusters"]) == ["Office_Products-file-order"]
+    assert merged["no_titles"] == [] and merged["seeds"] == 5 and merged["asked"]["groups"] == ["headline"]
+    assert json.dumps(paper_merge.merge(merged, new)) == json.dumps((merged, []))
+
+
+def test_publishing_drops_what_would_not_be_made_so_now(tuning_file, monkeypatch):
+    monkeypatch.setattr(experiments, "tuning_path", lambda dataset: tuning_file if dataset == "Office" else Path("/nowhere"))
+    tuning_file.write_text(json.dumps({b: {"flags": "--dropout 0.3", "recall@50": .2} for b in ("mind", "dnn")}))
+    experiments.tuning.cache_clear()
+    tuned = [against("mind", .01, 1, family="tuned", a=["", "mind-tuned"]), against("dnn", .01, 1, family="tuned", a=["", "dnn-tuned"])]
+    old = collected([entry(m, 1) for m in ("mind", "mind-tuned", "dnn", "dnn-tuned")] + [entry("remi", 1) | {"variant": "typical-99"}], tuned)
+    tuning_file.write_text(json.dumps({b: {"flags": f"--dropout 0.{n}", "recall@50": .2} for b, n in (("mind", 3), ("dnn", 5))}))
+    experiments.tuning.cache_clear()
+    merged, dropped = paper_merge.merge(old, collected([]))
+    assert {m["model"] for m in merged["models"]} == {"mind", "mind-tuned", "dnn"}
+    assert [c["a"][1] for c in merged["comparisons"]] == ["mind-tuned"] and merged["tuning"]["Office"]["dnn"]["flags"] == "--dropout 0.5"
+    assert dropped[:2] == ["Office, file-order, dnn-tuned: its settings have changed", "Office, file-order, typical-99, remi: no longer among the experiments"]
+    assert dropped[2].startswith("1 comparisons: no longer made")
+
+
+def test_publishing_refuses_other_data_and_other_interests():
+    place, office = "Office_Products-file-order", numbers([])["datasets"]["Office"]
+    old = collected([], clusters={place: {"llm": "recorded"}})
+    with pytest.raises(UserError, match="Office: users is 4 here but 4905 in what is published"):
+        paper_merge.merge(old, collected([], datasets={"Office": office | {"stats": office["stats"] | {"users": 4, "more": 1}}}))
+    with pytest.raises(UserError, match=f"{place}: llm is 'offline' here but 'recorded' in what is published"):
+        paper_merge.merge(old, collected([], clusters={place: {"llm": "offline"}}))
+    with pytest.raises(SystemExit):
+        reproduce.parse(["--publish", "--train-args", "--dim 32"])
+
+
+def test_publishing_from_one_machine_after_the_other(copy):
+    """The first runs two seeds; the second, with an empty data folder, adds one of other models, and runs nothing of the first's."""
+    call, data = copy
+    results = data / "results"
+
+    def publish(*arguments):
+        said = ended(call(*arguments, "--publish"))
+        return said, (results / "numbers.json").read_text(), (results / "report.md").read_text()
+
+    _, first, report = publish("--only", "headline", "--seeds", "2")
+    models = {m["model"]: len(m["seeds"]) for m in json.loads(first)["models"]}
+    assert models == dict.fromkeys(("remi", "remi-eimf", *CONTROLS), 2) and json.loads(first)["remaining"] == {}
+    assert publish("--only", "headline", "--seeds", "2", "--report")[1:] == (first, report)
+    shutil.rmtree(data / "Office_Products-file-order")
+    shutil.rmtree(data / "reproduction")
+    assert publish("--only", "headline", "--seeds", "2", "--report")[1:] == (first, report)
+    assert json.loads(publish("--only", "headline", "--seeds", "3", "--report")[1])["remaining"]["headline"][0] == 4
+    said, second, _ = publish("--only", "controls,table4", "--seeds", "1")
+    found = json.loads(second)
+    assert {m["model"]: len(m["seeds"]) for m in found["models"] if not m["variant"]} == models | dict.fromkeys(
+        [m for b in experiments.TAUGHT[1:] for m in (b, f"{b}-eimf")], 1)
+    assert len(found["comparisons"]) > len(json.loads(first)["comparisons"]) and "no longer published" not in said
+    assert found["remaining"]["headline"][0] == 4 and found["remaining"]["table4"][0] == 12  # of the three seeds once asked for
+    assert len(json.loads((data / "reproduction/numbers.json").read_text())["models"]) == len(found["models"])
+    ended(call("--only", "controls,table4", "--seeds", "1", "--report"))
+    assert len(json.loads((data / "reproduction/numbers.json").read_text())["models"]) < len(found["models"])  # its own alone
+    assert publish("--only", "controls,table4", "--seeds", "1")[1] == second
 
 
 def test_cold_items_and_short_histories_by_hand(tmp_path):
