@@ -336,10 +336,43 @@ py::tuple diversify(const py::object &ids, const py::object &scores, const py::o
     return py::make_tuple(chosen, chosen_scores);
 }
 
+py::tuple softmax_loss(const py::object &queries, const py::object &items, const py::object &target, const py::object &weight,
+                       const py::object &excluded, bool item_gradient, long long n_threads, const std::string &kernel) {
+    const py::array rows = checked<float>(queries, "queries", "(B, D)", 2), table = checked<float>(items, "items", "(N, D)", 2);
+    const py::array wanted = checked<int64_t>(target, "target", "(B,)", 1), weights = checked<float>(weight, "weight", "(B,)", 1);
+    const py::array left_out = checked<int64_t>(excluded, "excluded", "(X,)", 1);
+    const py::ssize_t b = rows.shape(0), n = table.shape(0), d = table.shape(1);
+    if (rows.shape(1) != d || wanted.shape(0) != b || weights.shape(0) != b)
+        throw py::value_error("queries have shape " + shape_text(rows) + ", items " + shape_text(table) + ", target " + shape_text(wanted) + " and weight " +
+                              shape_text(weights) + "; expected (B, D), (N, D), (B,) and (B,)");
+    const size_t threads = thread_count(n_threads);
+    const eimf_kernel chosen = kernel_named(kernel);
+    py::array_t<float> losses(b), query_gradient({b, d});
+    py::object gradient = py::none();
+    float *gradient_data = nullptr;
+    if (item_gradient) {
+        py::array_t<float> made({n, d});
+        gradient_data = made.mutable_data();
+        gradient = made;
+    }
+    float *losses_data = losses.mutable_data(), *query_data = query_gradient.mutable_data();
+    eimf_error error{};
+    eimf_status status;
+    {
+        py::gil_scoped_release nogil;
+        status = eimf_softmax_loss(static_cast<const float *>(rows.data()), static_cast<size_t>(b), static_cast<const float *>(table.data()),
+                                   static_cast<size_t>(n), static_cast<size_t>(d), static_cast<const int64_t *>(wanted.data()),
+                                   static_cast<const float *>(weights.data()), static_cast<const int64_t *>(left_out.data()),
+                                   static_cast<size_t>(left_out.shape(0)), threads, chosen, nullptr, losses_data, query_data, gradient_data, &error);
+    }
+    raise(status, error);
+    return py::make_tuple(losses, query_gradient, gradient);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(eimf_core, m) {
-    m.doc() = "Affinity propagation and exact multi-interest top-n scoring. Same results for every number of threads.";
+    m.doc() = "Affinity propagation, exact multi-interest top-n scoring and the softmax loss over all items. Same results for every number of threads.";
     m.attr("__version__") = eimf_version();
 
     py::class_<Clustering>(m, "Clustering", "Result of affinity propagation.")
@@ -427,6 +460,14 @@ n times, the remaining candidate with the largest score - penalty * (chosen item
 in their order. ids int64 (B, C) and scores float32 (B, C): as top_n returns them; -1 entries are skipped. category: int32 (N,)
 of each item, -1 for items that share theirs with no other. Returns ids int64 (B, n) and their scores float32 (B, n), padded
 with -1 and -inf.)");
+
+    m.def("softmax_loss", &softmax_loss, py::arg("queries"), py::arg("items"), py::arg("target"), py::arg("weight"), py::arg("excluded"), py::kw_only(),
+          py::arg("item_gradient") = true, py::arg("n_threads") = 0, py::arg("kernel") = "auto",
+          R"(Softmax loss over all items and its gradients, for training: log sum_i exp(query . item i) - query . target.
+
+queries: float32 (B, D). items: float32 (N, D). target: int64 (B,). weight: float32 (B,). excluded: int64 (X,), items that are no class.
+Returns losses float32 (B,), and the gradients of the sum of weight * loss: by queries (B, D), by items (N, D) or None without
+`item_gradient`. A row of weight 0 has loss 0. kernel: as for top_n; all give the same bits, for every number of threads.)");
 
     m.def("_top_n_reference", [](const py::object &interests, const py::object &items, long long n, const py::object &exclude_indptr,
                                  const py::object &exclude_indices, const py::object &allowed) {

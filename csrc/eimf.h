@@ -1,4 +1,4 @@
-/* EIMF core: affinity propagation and multi-interest top-n scoring. Plain C99, no dependencies.
+/* EIMF core: affinity propagation, multi-interest top-n scoring and the softmax loss. Plain C99, no dependencies.
  *
  * Conventions
  *  - Matrices are row-major and contiguous. Sizes are size_t. Inputs are read only and never kept after the call.
@@ -40,7 +40,7 @@ typedef struct eimf_allocator {
     void *context;
 } eimf_allocator;
 
-/* Instruction set of the scoring kernel. Every choice gives the same bits. */
+/* Instruction set of the scoring kernels. Every choice gives the same bits. */
 typedef enum eimf_kernel {
     EIMF_KERNEL_AUTO = 0, /* the fastest one this CPU has */
     EIMF_KERNEL_SCALAR = 1,
@@ -204,6 +204,23 @@ void eimf_items_destroy(eimf_items *prepared);
 eimf_status eimf_diversify(const int64_t *ids, const float *scores, size_t users, size_t candidates, const int32_t *category,
                            size_t n_items, size_t n, float penalty, size_t n_threads, int64_t *chosen_ids, float *chosen_scores,
                            eimf_error *error);
+
+/* ---------------------------------------------------------------------------------------------------------------
+ * Softmax loss over all items, for training, with its gradients:
+ *
+ *   losses[u] = log sum_i exp(queries[u] . items[i]) - queries[u] . items[target[u]],   i over the items that are not excluded
+ *
+ *   query_gradient, item_gradient = those of sum_u weight[u] losses[u]
+ *
+ * queries (users, dim), items (n_items, dim), target (users), weight (users), excluded: item numbers, any order, repeats allowed.
+ * Outputs losses (users), query_gradient (users, dim), item_gradient (n_items, dim) or NULL if the items are not learned. A row of weight 0 has
+ * loss 0 and no part in the gradients; otherwise the loss of an excluded target is infinite. NaN in means NaN out. allocator: NULL for malloc and free.
+ * The scores are not kept: their exponentials are, if there is an item_gradient (n_items * users floats), and a few hundred kB for each 128 users
+ * otherwise. Time O(n_items users dim), 4 (otherwise 3) multiply-adds for each of these.
+ * --------------------------------------------------------------------------------------------------------------- */
+eimf_status eimf_softmax_loss(const float *queries, size_t users, const float *items, size_t n_items, size_t dim, const int64_t *target,
+                              const float *weight, const int64_t *excluded, size_t n_excluded, size_t n_threads, eimf_kernel kernel,
+                              const eimf_allocator *allocator, float *losses, float *query_gradient, float *item_gradient, eimf_error *error);
 
 /* top_n by the plain loop: the reference that tests compare with, bit for bit. Uses no options but exclusions. */
 eimf_status eimf_top_n_reference(const float *interests, size_t users, size_t n_interests, size_t dim, const float *items,

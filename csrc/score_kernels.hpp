@@ -88,6 +88,18 @@ struct ScoreKernels {
     // panel[t * width + j] = items[j][t] for all j < width. Returns the largest magnitude's bits: 0x7f800000 or more if a
     // value is not finite.
     int32_t (*pack)(const float *const *items, size_t d, float *panel);
+
+    // The softmax loss multiplies with these. A factor of theirs (count, columns) is given in panels: panels[j * count + k * columns_per_panel + v]
+    // is its value in row k and column j + v, j a multiple of columns_per_panel; the last panel is padded.
+    size_t columns_per_panel;  // at most 32
+
+    // out (rows, columns) = the sum over k of a[i * row + k * step] times the factor's row k.
+    void (*product)(const float *a, size_t row, size_t step, size_t rows, size_t count, const float *panels, size_t columns, float *out);
+
+    // out (rows, columns) = 2 to the power of items (rows, d) times the factor (d, columns), less shift (columns, padded), but 0 in the rows that are
+    // excluded. totals (columns, padded) += its sums over the rows, one after the other.
+    void (*exponentials)(const float *items, size_t rows, size_t d, const float *panels, const uint8_t *excluded, const float *shift, size_t columns,
+                         float *out, float *totals);
 };
 
 // The versions this CPU can run; nullptr if it cannot.

@@ -266,6 +266,32 @@ void check_diversify() {
     CHECK(chosen[0] == 0 && chosen[1] == 2 && chosen[2] == 1 && chosen[3] == -1);
 }
 
+void check_softmax() {
+    const size_t users = 37, items = 700, d = 19;
+    const std::vector<float> queries = normal(users * d, 5), table = normal(items * d, 6), weight(users, 0.5f);
+    std::vector<int64_t> target(users);
+    for (size_t u = 0; u < users; ++u) target[u] = static_cast<int64_t>(1 + u * 17 % (items - 1));
+    const int64_t excluded[] = {0, 3};
+    std::vector<float> first;
+    for (const size_t threads : {1, 2, 7}) {
+        std::vector<float> out(users + users * d + items * d);
+        CHECK(eimf_softmax_loss(queries.data(), users, table.data(), items, d, target.data(), weight.data(), excluded, 2, threads, EIMF_KERNEL_AUTO, nullptr,
+                                out.data(), out.data() + users, out.data() + users + users * d, nullptr) == EIMF_OK);
+        if (first.empty()) first = out;
+        CHECK(out == first);
+    }
+    for (long allowed = 0;; ++allowed) {
+        Failing failing{{allowed}};
+        const eimf_allocator allocator{Failing::allocate, Failing::release, &failing};
+        std::vector<float> losses(users), gradient(users * d);
+        const eimf_status status = eimf_softmax_loss(queries.data(), users, table.data(), items, d, target.data(), weight.data(), excluded, 2, 2,
+                                                     EIMF_KERNEL_AUTO, &allocator, losses.data(), gradient.data(), nullptr, nullptr);
+        CHECK(failing.held == 0);
+        CHECK(status == (allowed < 7 ? EIMF_ERROR_MEMORY : EIMF_OK));
+        if (status == EIMF_OK) break;
+    }
+}
+
 }  // namespace
 
 int main(int argc, char **argv) {
@@ -277,6 +303,7 @@ int main(int argc, char **argv) {
     check_concurrent_calls();
     check_prepared();
     check_diversify();
+    check_softmax();
     std::puts("all checks passed");
     return 0;
 }

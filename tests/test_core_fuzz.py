@@ -107,6 +107,22 @@ def test_diversify(ids, scores, category, n, penalty):
         assert found[0].shape == found[1].shape == (len(ids), n)
 
 
+NUMBERS = arrays(shapes=st.lists(st.sampled_from([0, 1, 2, 3]), min_size=1, max_size=1).map(tuple), dtypes=st.sampled_from([np.int64] * 6 + [np.int32]),
+                 values=(-1, 0, 1, 1, 2))
+
+
+@settings(max_examples=100, deadline=None)
+@given(arrays(), arrays(), NUMBERS, arrays(shapes=st.lists(st.sampled_from([0, 1, 2, 3]), min_size=1, max_size=1).map(tuple)), NUMBERS, st.booleans(), st.booleans(),
+       st.sampled_from([0, 1, 3, -1, 2**40]), st.sampled_from(["auto", "scalar", "", "avx9"]))
+def test_softmax_loss(queries, items, target, weight, excluded, gradient, fitting, threads, kernel):
+    if fitting and isinstance(queries, np.ndarray) and queries.ndim == 2:
+        target, weight = np.resize(target, len(queries)).astype(np.int64), np.ones(len(queries), np.float32)
+    found = outcome(eimf_core.softmax_loss, queries, items, target, weight, excluded, item_gradient=gradient, n_threads=threads, kernel=kernel)
+    if found is not None:
+        assert found[0].shape == (len(queries),) and found[1].shape == queries.shape
+        assert found[2] is None if not gradient else found[2].shape == items.shape
+
+
 def test_random_objects_are_no_arrays():
     for thing in (None, 3, "text", b"bytes", object(), [1, 2], {}, memoryview(b"abc"), np.float32(1)):
         with pytest.raises((ValueError, TypeError)):
@@ -121,3 +137,5 @@ def test_random_objects_are_no_arrays():
             eimf_core.affinity_propagation_sparse(thing, thing, thing, -1.0)
         with pytest.raises((ValueError, TypeError)):
             eimf_core.diversify(thing, thing, thing, 1, penalty=0.0)
+        with pytest.raises((ValueError, TypeError)):
+            eimf_core.softmax_loss(thing, thing, thing, thing, thing)

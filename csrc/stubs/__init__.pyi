@@ -88,4 +88,15 @@ def diversify(
     penalty: float,
     n_threads: int = 0,
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]: ...
+def softmax_loss(
+    queries: NDArray[np.float32],
+    items: NDArray[np.float32],
+    target: NDArray[np.int64],
+    weight: NDArray[np.float32],
+    excluded: NDArray[np.int64],
+    *,
+    item_gradient: bool = True,
+    n_threads: int = 0,
+    kernel: str = "auto",
+) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32] | None]: ...
 def kernels() -> list[str]: ...

@@ -6,6 +6,7 @@ Shapes: B batch (of one rank), W batch of all ranks, D dimension, N items, M exp
 """
 import math
 
+import eimf_core
 import torch
 import torch.nn.functional as F
 
@@ -56,6 +57,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_query, grad_table, None, None, None, None
 
 
+class _NativeCrossEntropy(torch.autograd.Function):
+    """The same by the C++ core, for float32 on a CPU: loss and gradients at once, chunk by chunk of the items, within the cache."""
+
+    @staticmethod
+    def forward(ctx, query, table, target, weight, excluded):
+        arrays = [x.detach().contiguous().numpy() for x in (query, table, target, weight, excluded)]
+        losses, *gradients = eimf_core.softmax_loss(*arrays, item_gradient=ctx.needs_input_grad[1], n_threads=torch.get_num_threads())
+        ctx.gradients = [None if g is None else torch.from_numpy(g) for g in gradients]
+        return torch.from_numpy(losses) @ weight
+
+    @staticmethod
+    def backward(ctx, grad):
+        return *(None if g is None else g if grad == 1 else g * grad for g in ctx.gradients), None, None, None
+
+
 def softmax_loss(query, table, target, excluded, keep=None, precision=None):
     """Mean cross entropy of the target under a softmax over the rows of `table` that are not excluded (Eq. 9, 14).
 
@@ -64,7 +80,10 @@ def softmax_loss(query, table, target, excluded, keep=None, precision=None):
     The paper's Eq. 9 and 14 lack the minus sign. Returns a scalar, 0 if no row counts.
     """
     weight = torch.ones_like(target, dtype=query.dtype) if keep is None else keep.to(query.dtype)
-    return _LinearCrossEntropy.apply(query, table, target, weight / parallel.total(weight.sum()).clamp(min=1), excluded, precision or query.dtype)
+    weight = weight / parallel.total(weight.sum()).clamp(min=1)
+    if query.device.type == "cpu" and query.dtype == table.dtype == (precision or query.dtype) == torch.float32:
+        return _NativeCrossEntropy.apply(query, table, target, weight, excluded)
+    return _LinearCrossEntropy.apply(query, table, target, weight, excluded, precision or query.dtype)
 
 
 def lookup(table, *numbers):
