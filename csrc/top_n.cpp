@@ -69,8 +69,8 @@ void shrink(Candidates &c, size_t n, size_t room, const ScoreKernels &kernels) {
     c.threshold = last;  // items come by rising id, so a later one with this score ranks behind the n kept
 }
 
-// How many items may wait for a user to be scored.
-size_t waiting_room(size_t n, size_t width) { return 2 * n + 4 * width; }
+// How many items may wait for a user to be scored: more than the bounds usually leave open, so that few are scored before all are seen.
+size_t waiting_room(size_t n, size_t width) { return 4 * n + 4 * width; }
 
 // One block of users: its query rows should fit the L2 cache; candidates are touched rarely. The more users, the more often a packed panel is
 // used. Together below 2 MB. By 8-bit integers a panel is done with so soon that fewer users, all of whose data stay in the cache, are faster.
@@ -222,6 +222,8 @@ public:
                     offer(u, hits[n_hits - 1].items, [id](size_t j) { return id[j]; }, best.data());
                 scored += count;
             }
+            shrink(candidates[u], p.n, capacity, kernels);
+            thresholds[u] = candidates[u].threshold;
             bounds[u].limit = std::max(bounds[u].limit, static_cast<float>((thresholds[u] - SLACK) / unit[u]));
         };
         size_t next = 0;
