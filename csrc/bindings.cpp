@@ -50,15 +50,17 @@ size_t thread_count(long long n_threads) {
     return static_cast<size_t>(n_threads);
 }
 
+constexpr eimf_kernel KERNELS[] = {EIMF_KERNEL_SCALAR, EIMF_KERNEL_NEON,   EIMF_KERNEL_AVX2,
+                                   EIMF_KERNEL_AVX512, EIMF_KERNEL_AVX2_INT8, EIMF_KERNEL_AVX512_VNNI};  // slowest first
+
 eimf_kernel kernel_named(const std::string &name) {
     if (name == "auto") return EIMF_KERNEL_AUTO;
-    for (int k = EIMF_KERNEL_SCALAR; k <= EIMF_KERNEL_AVX512_VNNI; ++k) {
-        const char *available = eimf_kernel_name(static_cast<eimf_kernel>(k));
-        if (available && name == available) return static_cast<eimf_kernel>(k);
-    }
     std::string list = "'auto'";
-    for (int k = EIMF_KERNEL_SCALAR; k <= EIMF_KERNEL_AVX512_VNNI; ++k)
-        if (const char *available = eimf_kernel_name(static_cast<eimf_kernel>(k))) list += std::string(", '") + available + "'";
+    for (const eimf_kernel kernel : KERNELS)
+        if (const char *available = eimf_kernel_name(kernel)) {
+            if (name == available) return kernel;
+            list += std::string(", '") + available + "'";
+        }
     throw py::value_error("kernel is '" + name + "'; this CPU can run " + list);
 }
 
@@ -447,7 +449,7 @@ also kept in the kernel's own order, which takes as much memory again. Threads m
 interests: float32 (B, K, D). items: float32 (N, D), at most 2^32 - 2 rows, or Items, which suits calls with few users.
 exclude_indptr, exclude_indices: int64 (B + 1,) and (excluded,): CSR lists of items that a user must not get.
 allowed: bool (N,): items that may be returned at all. n_threads: 0 for all cores.
-kernel: 'auto', 'scalar', 'avx2', 'avx512', 'avx512vnni' or 'neon'; all give the same bits.
+kernel: 'auto', 'scalar', 'avx2', 'avx2int8', 'avx512', 'avx512vnni' or 'neon'; all give the same bits.
 
 Returns ids int64 (B, n), scores float32 (B, n), winning interest int32 (B, n), best first, ties by lower id; -1, -inf and
 -1 where fewer than n items remain. Raises ValueError for a wrong dtype, shape or layout, and for NaN or infinities.)");
@@ -491,8 +493,8 @@ Returns losses float32 (B,), and the gradients of the sum of weight * loss: by q
 
     m.def("kernels", [] {
               py::list names;
-              for (int k = EIMF_KERNEL_SCALAR; k <= EIMF_KERNEL_AVX512_VNNI; ++k)
-                  if (const char *name = eimf_kernel_name(static_cast<eimf_kernel>(k))) names.append(name);
+              for (const eimf_kernel kernel : KERNELS)
+                  if (const char *name = eimf_kernel_name(kernel)) names.append(name);
               return names;
           },
           "Names of the scoring kernels this CPU can run, slowest first.");

@@ -47,7 +47,8 @@ typedef enum eimf_kernel {
     EIMF_KERNEL_AVX2 = 2, /* with FMA */
     EIMF_KERNEL_AVX512 = 3,
     EIMF_KERNEL_NEON = 4,
-    EIMF_KERNEL_AVX512_VNNI = 5 /* AVX-512, and top_n first bounds scores by 8-bit integer products */
+    EIMF_KERNEL_AVX512_VNNI = 5, /* AVX-512, and top_n first bounds scores by 8-bit integer products */
+    EIMF_KERNEL_AVX2_INT8 = 6    /* the same with AVX2 */
 } eimf_kernel;
 
 /* "0.1.0" */
@@ -179,7 +180,7 @@ eimf_status eimf_top_n(const float *interests, size_t users, size_t n_interests,
                        eimf_error *error);
 
 /* A catalogue prepared for many calls with few users each: its vectors are also kept in the kernel's own order, n_items * dim
- * floats of work memory (a quarter more for kernel AVX512_VNNI), and are checked once. Results are eimf_top_n's, bit for bit; one user's answer
+ * floats of work memory (0.3 times more for kernels AVX512_VNNI and AVX2_INT8), and are checked once. Results are eimf_top_n's, bit for bit; one user's answer
  * takes a fraction of the time.
  *
  * items must stay alive and unchanged until eimf_items_destroy, and so must allocator (NULL: malloc and free). Any number of

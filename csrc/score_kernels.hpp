@@ -36,10 +36,19 @@ struct ScoreKernels {
 
     // The same test on 8-bit integers, four times as many of which fit a register. It lets every item pass whose float score may be above
     // the threshold, and few others (see top_n.cpp); what passes is scored in float, so that results stay the same. nullptr where the
-    // instruction set has no such products. Values of queries are in [-127, 127], of items 128 + that, in panels of (quads, width, 4)
-    // bytes, quads = ceil(d / 4), padded with 128.
+    // instruction set has no such products.
+    struct Quantization {
+        int32_t most, offset;  // values are in [-most, most]; a query's are stored with `offset` added
+        // Of each run of `quads` fours of dimensions, the first two of all fours make one sum, the last two another. Where `halves`, these must
+        // fit 16 bits: so these parts of a vector are at most this long before they are rounded.
+        float length;
+        bool halves;
+        size_t quads;
+    };
+    // Values of items are in panels of (quads = ceil(d / 4), width, 4) bytes, padded with 0. Before each run, (width, 4) bytes are what sums
+    // start from: the negative sum of the run's values times the offset.
     struct QuantizedPanel {
-        const uint8_t *values;
+        const int8_t *values;
         const float *scale, *error, *norm;  // (width)
     };
     // Item j scores scale[j] * (the largest integer product of the user's k rows with it), give or take this error * error[j] + this norm * norm[j].
@@ -47,14 +56,14 @@ struct ScoreKernels {
     struct QuantizedUser {
         float error, norm, limit;
     };
-    // rows (users * k, quads), four values in each; start (users * k) = -128 * the sum of a row's values. Hits as above, and for each of them
-    // what all the panel's items score at least and at most.
-    size_t (*quantized_hits)(const QuantizedPanel &panel, const int32_t *rows, const int32_t *start, const QuantizedUser *bounds, size_t users, size_t k,
-                             size_t quads, uint64_t valid, float *least, float *most, Hit *hits);
+    // rows (users * k, quads, 4). Hits as above, and for each of them what all the panel's items score at least and at most.
+    size_t (*quantized_hits)(const QuantizedPanel &panel, const uint8_t *rows, const QuantizedUser *bounds, size_t users, size_t k, size_t quads,
+                             uint64_t valid, float *least, float *most, Hit *hits);
 
     // Makes a quantized panel from a float one: item = unit * scale * values, but for an error of length unit * error at most; its own length is
     // unit * norm at most. unit = largest magnitude of all items / 127.
-    void (*quantize)(const float *panel, size_t d, float unit, uint8_t *values, float *scale, float *error, float *norm);
+    void (*quantize)(const float *panel, size_t d, float unit, int8_t *values, float *scale, float *error, float *norm);
+    Quantization quantization;
 
     // How many of the scores are above `threshold`.
     size_t (*count_above)(const float *scores, size_t count, float threshold);

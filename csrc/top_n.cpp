@@ -69,8 +69,8 @@ void shrink(Candidates &c, size_t n, size_t room, const ScoreKernels &kernels) {
     c.threshold = last;  // items come by rising id, so a later one with this score ranks behind the n kept
 }
 
-// How many items may wait for a user to be scored.
-size_t waiting_room(size_t n, size_t width) { return 2 * n + 4 * width; }
+// How many items may wait for a user to be scored: more than the bounds usually leave open, so that few are scored before all are seen.
+size_t waiting_room(size_t n, size_t width) { return 4 * n + 4 * width; }
 
 // One block of users: its query rows should fit the L2 cache; candidates are touched rarely. The more users, the more often a packed panel is
 // used. Together below 2 MB. By 8-bit integers a panel is done with so soon that fewer users, all of whose data stay in the cache, are faster.
@@ -171,17 +171,7 @@ public:
             const float *values = packed.data(), *bias = panel.bias;
             if (p.panels) values = p.panels + panel.first * p.d, bias = NO_BIAS;
             else largest = std::max(largest, kernels.pack(panel.item, p.d, packed.data()));
-            size_t n_hits = 0;
-            if (p.k <= kernels.rows) {
-                n_hits = kernels.tile_best(values, bias, queries.data(), users, p.k, p.d, panel.valid, thresholds.data(), best.data(), hits.data());
-            } else {
-                for (size_t u = 0; u < users; ++u) {
-                    for (size_t r = 0; r < p.k; r += kernels.rows)
-                        kernels.tile(values, bias, &queries[u * row] + r * p.d, std::min(kernels.rows, p.k - r), p.d, &tile[r * kernels.width]);
-                    const uint64_t above = kernels.best(tile.data(), p.k, thresholds[u], &best[n_hits * kernels.width]) & panel.valid;
-                    if (above) hits[n_hits++] = {above, static_cast<uint32_t>(u)};
-                }
-            }
+            const size_t n_hits = products(values, bias, panel.valid, 0, users);
             for (size_t h = 0; h < n_hits; ++h)
                 offer(hits[h].user, hits[h].items, [&](size_t j) { return panel.id(p, j); }, &best[h * kernels.width]);
         }
@@ -196,7 +186,7 @@ public:
     // q . x is s t v . w, give or take s t (|v| |f| + |e| |x| / t). Rounding is accounted for by a share of |q| |x|, ROUNDING for each dimension.
     size_t scan_quantized(Memory &memory, float largest) {
         const size_t width = kernels.width, quads = (p.d + 3) / 4, room = waiting_room(p.n, width);
-        Buffer<int32_t> rows(memory, users * p.k * quads), start(memory, users * p.k);
+        Buffer<uint8_t> rows(memory, users * p.k * quads * 4);
         Buffer<ScoreKernels::QuantizedUser> bounds(memory, users);
         Buffer<double> unit(memory, users);  // of the bounds, in scores
         Buffer<float> least(memory, users * room), most(memory, users * room), panel_least(memory, users * width), panel_most(memory, users * width);
@@ -205,7 +195,7 @@ public:
         if (!p.quantized) own = QuantizedItems(memory, kernels, width, p.d, largest);
         const QuantizedItems &quantized = p.quantized ? *p.quantized : own;
         for (size_t u = 0; u < users; ++u)
-            unit[u] = static_cast<double>(quantized.unit) * quantize_user(u, quads, &rows[u * p.k * quads], &start[u * p.k], bounds[u]);
+            unit[u] = static_cast<double>(quantized.unit) * quantize_user(u, quads, &rows[u * p.k * quads * 4], bounds[u]);
 
         size_t scored = 0;
         const auto drop = [&](size_t u) {  // those that n others surpass
@@ -228,11 +218,12 @@ public:
                 count = std::min<size_t>(width, waiting[u]);
                 for (size_t j = 0; j < width; ++j) item[j] = p.items + id[std::min(j, count - 1)] * p.d;
                 kernels.pack(item, p.d, packed.data());
-                ScoreKernels::Hit hit;
-                if (kernels.tile_best(packed.data(), NO_BIAS, &queries[u * row], 1, p.k, p.d, (uint64_t{1} << count) - 1, &thresholds[u], best.data(), &hit))
-                    offer(u, hit.items, [id](size_t j) { return id[j]; }, best.data());
+                if (const size_t n_hits = products(packed.data(), NO_BIAS, (uint64_t{1} << count) - 1, u, u + 1))
+                    offer(u, hits[n_hits - 1].items, [id](size_t j) { return id[j]; }, best.data());
                 scored += count;
             }
+            shrink(candidates[u], p.n, capacity, kernels);
+            thresholds[u] = candidates[u].threshold;
             bounds[u].limit = std::max(bounds[u].limit, static_cast<float>((thresholds[u] - SLACK) / unit[u]));
         };
         size_t next = 0;
@@ -242,8 +233,8 @@ public:
                 kernels.pack(panel.item, p.d, packed.data());
                 own.set(kernels, 0, packed.data());
             }
-            const size_t n_hits = kernels.quantized_hits(quantized.panel(p.quantized ? panel.first : 0), rows.data(), start.data(), bounds.data(), users, p.k,
-                                                         quads, panel.valid, panel_least.data(), panel_most.data(), hits.data());
+            const size_t n_hits = kernels.quantized_hits(quantized.panel(p.quantized ? panel.first : 0), rows.data(), bounds.data(), users, p.k, quads,
+                                                         panel.valid, panel_least.data(), panel_most.data(), hits.data());
             for (size_t h = 0; h < n_hits; ++h) {
                 const size_t u = hits[h].user;
                 size_t at = u * room + waiting[u];
@@ -288,6 +279,20 @@ private:
     // More than so many scores a user, and one in so many items, cost more than the bound saves.
     static constexpr size_t MOST_SCORED = 1024, MOST_SHARE = 4;
 
+    // Fills hits and best for users [first, last), counted from `first`; returns the number of hits.
+    size_t products(const float *panel, const float *bias, uint64_t valid, size_t first, size_t last) {
+        if (p.k <= kernels.rows)
+            return kernels.tile_best(panel, bias, &queries[first * row], last - first, p.k, p.d, valid, &thresholds[first], best.data(), hits.data());
+        size_t n_hits = 0;
+        for (size_t u = first; u < last; ++u) {
+            for (size_t r = 0; r < p.k; r += kernels.rows)
+                kernels.tile(panel, bias, &queries[u * row] + r * p.d, std::min(kernels.rows, p.k - r), p.d, &tile[r * kernels.width]);
+            const uint64_t above = kernels.best(tile.data(), p.k, thresholds[u], &best[n_hits * kernels.width]) & valid;
+            if (above) hits[n_hits++] = {above, static_cast<uint32_t>(u - first)};
+        }
+        return n_hits;
+    }
+
     // Of the items in `mask`, with ids id(place), `scores` are the user's.
     template <class Id>
     void offer(size_t u, uint64_t mask, Id id, const float *scores) {
@@ -304,33 +309,34 @@ private:
     }
 
     // Returns the scale of the user's rows.
-    float quantize_user(size_t u, size_t quads, int32_t *rows, int32_t *start, ScoreKernels::QuantizedUser &bound) {
+    float quantize_user(size_t u, size_t quads, uint8_t *rows, ScoreKernels::QuantizedUser &bound) {
+        const ScoreKernels::Quantization &to = kernels.quantization;
         const float *query = &queries[u * row];
-        float largest = 0;
+        float largest = 0, longest = 0;  // component, part of a row that one sum is of; squared
         for (size_t t = 0; t < row; ++t) largest = std::max(largest, std::fabs(query[t]));
+        std::fill_n(rows, p.k * quads * 4, static_cast<uint8_t>(to.offset));
         if (!fit_to_quantize(largest)) {  // nothing is known of this user's scores
-            std::fill_n(rows, p.k * quads, 0);
-            std::fill_n(start, p.k, 0);
             bound = {0.0f, infinity, -infinity};
             return 1;
         }
+        for (size_t r = 0; to.halves && r < p.k; ++r)
+            for (size_t first = 0; first < p.d; first += 4 * to.quads) {
+                float half[2] = {};
+                for (size_t t = first; t < std::min(p.d, first + 4 * to.quads); ++t) half[t / 2 % 2] += query[r * p.d + t] * query[r * p.d + t];
+                longest = std::max({longest, half[0], half[1]});
+            }
         constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23: a sum with it is rounded to a whole number
-        const float scale = largest / 127, inverse = 1 / scale, more = 1.0001f;
+        const float scale = std::max(largest / static_cast<float>(to.most), to.halves ? std::sqrt(longest) / to.length : 0), inverse = 1 / scale, more = 1.0001f;
         float error = 0, norm = 0;  // the largest |v|, and |e| + rounding's share of |q| / s
         for (size_t r = 0; r < p.k; ++r) {
-            int8_t *const values = reinterpret_cast<int8_t *>(rows + r * quads);
             float squares = 0, lost = 0, length = 0;
-            int32_t sum = 0;
-            rows[(r + 1) * quads - 1] = 0;
             for (size_t t = 0; t < p.d; ++t) {
                 const float value = query[r * p.d + t] * inverse, whole = (value + MAGIC) - MAGIC;
-                values[t] = static_cast<int8_t>(whole);
-                sum += values[t];
+                rows[r * quads * 4 + t] = static_cast<uint8_t>(static_cast<int32_t>(whole) + to.offset);
                 squares += whole * whole;
                 lost += (value - whole) * (value - whole);
                 length += value * value;
             }
-            start[r] = -128 * sum;
             error = std::max(error, more * std::sqrt(squares));
             norm = std::max(norm, more * (std::sqrt(lost) + ROUNDING * static_cast<float>(p.d + 32) * std::sqrt(length)));
         }
@@ -354,7 +360,7 @@ bool can_quantize(const ScoreKernels &kernels, size_t d) { return kernels.quanti
 
 // Does the bound pay? Scores for fewer users than it takes to make up for quantizing, and lists that take in many of the items, do not.
 bool quantized_pays(const TopNProblem &p) {
-    return can_quantize(*p.kernels, p.d) && !p.bias && p.k <= p.kernels->rows && p.d <= 256 * p.k && p.n_items / 16 >= p.n && (p.quantized || p.users * p.k >= 64);
+    return can_quantize(*p.kernels, p.d) && !p.bias && p.d <= 256 * p.k && p.n_items / 16 >= p.n && (p.quantized || p.users * p.k >= 64);
 }
 
 }  // namespace
@@ -389,16 +395,16 @@ float top_n(const TopNProblem &p, Team &team, Memory &memory) {
 }
 
 QuantizedItems::QuantizedItems(Memory &memory, const ScoreKernels &kernels, size_t n_items, size_t d_, float largest)
-    : d(d_), quads((d_ + 3) / 4), unit(largest / 127),
-      values(memory, checked_product(checked_product((n_items + kernels.width - 1) / kernels.width * kernels.width, quads), 4)),
+    : d(d_), bytes(((d + 3) / 4 + (d + 4 * kernels.quantization.quads - 1) / (4 * kernels.quantization.quads)) * 4), unit(largest / 127),
+      values(memory, checked_product((n_items + kernels.width - 1) / kernels.width * kernels.width, bytes)),
       scale(memory, n_items + kernels.width), error(memory, n_items + kernels.width), norm(memory, n_items + kernels.width) {}
 
 void QuantizedItems::set(const ScoreKernels &kernels, size_t place, const float *panel) {
-    kernels.quantize(panel, d, unit, &values[place * quads * 4], &scale[place], &error[place], &norm[place]);
+    kernels.quantize(panel, d, unit, &values[place * bytes], &scale[place], &error[place], &norm[place]);
 }
 
 ScoreKernels::QuantizedPanel QuantizedItems::panel(size_t place) const {
-    return {values.data() + place * quads * 4, scale.data() + place, error.data() + place, norm.data() + place};
+    return {values.data() + place * bytes, scale.data() + place, error.data() + place, norm.data() + place};
 }
 
 namespace {

@@ -36,9 +36,9 @@ struct QuantizedItems {
     void set(const ScoreKernels &kernels, size_t place, const float *panel);
     ScoreKernels::QuantizedPanel panel(size_t place) const;
 
-    size_t d = 0, quads = 0;
+    size_t d = 0, bytes = 0;  // of an item's values, starts of runs included
     float unit = 0;
-    Buffer<uint8_t> values;
+    Buffer<int8_t> values;
     Buffer<float> scale, error, norm;
 };
 

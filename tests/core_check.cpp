@@ -60,7 +60,7 @@ void check_top_n(bool quick) {
     for (const size_t d : quick ? std::vector<size_t>{1, 9, 18} : std::vector<size_t>{1, 7, 8, 9, 16, 65})
         for (const size_t k : {1, 3, 4, 17})
             for (const size_t n_items : quick ? std::vector<size_t>{49, 330} : std::vector<size_t>{1, 47, 49, 500})
-                for (const int kernel : {EIMF_KERNEL_AUTO, EIMF_KERNEL_SCALAR, EIMF_KERNEL_AVX2, EIMF_KERNEL_AVX512, EIMF_KERNEL_NEON, EIMF_KERNEL_AVX512_VNNI}) {
+                for (const int kernel : {EIMF_KERNEL_AUTO, EIMF_KERNEL_SCALAR, EIMF_KERNEL_AVX2, EIMF_KERNEL_AVX512, EIMF_KERNEL_NEON, EIMF_KERNEL_AVX512_VNNI, EIMF_KERNEL_AVX2_INT8}) {
                     if (!eimf_kernel_name(static_cast<eimf_kernel>(kernel))) continue;
                     std::vector<int64_t> start, excluded;
                     std::vector<uint8_t> allowed(n_items, 1);

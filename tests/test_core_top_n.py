@@ -77,7 +77,7 @@ def assert_bounds_change_nothing(interests, items, n, **options):
         assert_equal(eimf_core.top_n(interests, catalogue, n, **options), expected)
 
 
-@pytest.mark.parametrize("k", [1, 2, 3, 4, 7, 8, 9])
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 7, 8, 9, 17])
 @pytest.mark.parametrize("d", [15, 16, 17, 50, 64, 257])
 def test_bounds_by_integers_change_nothing(k, d):
     interests, items = vectors(d, 130, k, d), vectors(k, 1500, d)
@@ -130,6 +130,41 @@ def test_bounds_by_integers_when_all_rounding_goes_one_way():
         items[place] = (np.arange(64) > 0).astype(np.float32)
         assert (oracle(users, items, 1)[0] == place).all()
         assert_bounds_change_nothing(users, items, 1)
+
+
+def test_bounds_by_16_bit_sums_when_all_rounding_goes_one_way():
+    """The same where integers end at 90 and halves of 64 dimensions are at most 178 long; a step is 1. Bounds 5 % too tight lose the best item."""
+    items = np.full((2000, 256), 20, np.float32)
+    items[:, 0] = 90
+    items[np.arange(2000), 1 + np.arange(2000) % 255] += 63
+    items[np.arange(2000), 1 + np.arange(1, 2001) % 255] += 64  # 149,229 with the user
+    user = np.full((1, 1, 256), 27, np.float32)
+    user[..., 0] = 90
+    for place in (0, 1000, 1999):
+        rounded = items.copy()
+        rounded[place, 1:] = 20.499  # 149,236, and 145,800 once it is rounded
+        assert (oracle(user, rounded, 1)[0] == place).all()
+        assert_bounds_change_nothing(np.repeat(user, 64, axis=0), rounded, 1)
+        # Now the user is rounded: all items but one like what is added to it, that one what is taken away.
+        rounded_user = np.array([90, 0.499] + 127 * [20.499] + 127 * [20.501], np.float32).reshape(1, 1, 256)
+        sign = np.array([0] + 128 * [1] + 127 * [-1], np.float32)
+        liked = np.tile(-27 * sign, (2000, 1))
+        liked[place] *= -1
+        liked[:, 0] = 90
+        assert (oracle(rounded_user, liked, 1)[0] == place).all()
+        assert_bounds_change_nothing(np.repeat(rounded_user, 64, axis=0), liked, 1)
+
+
+@pytest.mark.parametrize("d", [16, 64, 65, 200])
+def test_bounds_by_integers_at_the_largest_sums(d):
+    """All of a vector's length in few or many equal components, as often as not along the user's own: 16-bit sums must not overflow."""
+    rng = np.random.default_rng(d)
+    same = np.array([np.isin(np.arange(d), rng.permutation(d)[:m]) if m % 2 else (np.arange(d) % 4 < 2) & (np.arange(d) < 2 * m)
+                     for m in np.arange(150) % d + 1], np.float32)
+    same *= np.where(rng.random(same.shape) < 0.5, -1, 1) * rng.uniform(0.97, 1, same.shape)
+    items = np.concatenate([same, -same, 0.1 * vectors(d, 1500, d)])[rng.permutation(1800)].astype(np.float32)
+    for users in (same[:, None], np.stack([same, -same, same[::-1]], axis=1), np.repeat(same[:, None], 6, axis=1)):
+        assert_bounds_change_nothing(np.ascontiguousarray(users, dtype=np.float32), items, 7)
 
 
 def test_ties_go_to_the_lower_id_and_the_lower_interest():

@@ -70,7 +70,7 @@ double peak(const eimf::ScoreKernels &kernels) {
     double (*loop)(size_t) = fma_scalar;
 #if defined(__x86_64__)
     if (!std::strncmp(kernels.name, "avx512", 6)) loop = fma_avx512;
-    if (!std::strcmp(kernels.name, "avx2")) loop = fma_avx2;
+    if (!std::strncmp(kernels.name, "avx2", 4)) loop = fma_avx2;
 #elif defined(__aarch64__)
     if (!std::strcmp(kernels.name, "neon")) loop = fma_neon;
 #endif

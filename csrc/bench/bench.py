@@ -245,7 +245,7 @@ def bench_top_n(peak, n=50, k=4, d=64):
         def chunked(function, batch=batch, chunk=chunk):
             return np.concatenate([np.asarray(function(a, min(batch, a + chunk))) for a in range(0, batch, chunk)])
 
-        float_kernel = next(name for name in reversed(eimf_core.kernels()) if name != "avx512vnni")
+        float_kernel = next(name for name in reversed(eimf_core.kernels()) if name not in ("avx2int8", "avx512vnni"))
         contenders = {"eimf": lambda i=interests, t=items: eimf_core.top_n(i, t, n, n_threads=args.threads)[0],
                       "eimf, prepared": lambda i=interests, t=prepared: eimf_core.top_n(i, t, n, n_threads=args.threads)[0],
                       "eimf, float products alone": lambda i=interests, t=items: eimf_core.top_n(i, t, n, n_threads=args.threads, kernel=float_kernel)[0],
