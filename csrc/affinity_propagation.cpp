@@ -433,23 +433,21 @@ struct Entry {  // r and a
 };
 
 struct Lagging {  // a alone; r is the implied one
-    Buffer<double> a;
-    Buffer<float> s;
-    Buffer<uint32_t> id;
-    uint32_t used = 0;
+    Buffer<double> values;  // what the others point into
+    double *a = nullptr;
+    float *s = nullptr;
+    uint32_t *id = nullptr;
+    uint32_t used = 0, room = 0;
 
     void add(Memory &memory, uint32_t id_, float s_, double a_) {
-        if (used == a.size()) {
-            const size_t room = used ? size_t{2} * used : 16;
-            Buffer<double> next_a(memory, room);
-            Buffer<float> next_s(memory, room);
-            Buffer<uint32_t> next_id(memory, room);
-            std::copy_n(a.data(), used, next_a.data());
-            std::copy_n(s.data(), used, next_s.data());
-            std::copy_n(id.data(), used, next_id.data());
-            a = std::move(next_a);
-            s = std::move(next_s);
-            id = std::move(next_id);
+        if (used == room) {
+            room = room ? 2 * room : 16;
+            Buffer<double> larger(memory, size_t{2} * room);
+            std::copy_n(a, used, larger.data());
+            a = larger.data();
+            s = std::copy_n(s, used, reinterpret_cast<float *>(a + room)) - used;
+            id = std::copy_n(id, used, reinterpret_cast<uint32_t *>(s + room)) - used;
+            values = std::move(larger);
         }
         a[used] = a_;
         s[used] = s_;
@@ -465,6 +463,18 @@ struct Lagging {  // a alone; r is the implied one
 struct Own {
     std::vector<Entry> entries;
     Lagging lagging;
+    uint64_t listed = 0;  // bit j: the row's j-th neighbour is among them
+};
+static_assert(FIRST_LENGTH <= 64, "Own::listed has a bit for each");
+
+// The two best values of a + s seen so far, and the column of the best.
+struct Best {
+    double value, second;
+    uint32_t id;
+    void see(double other, uint32_t k) {
+        if (other > value) second = value, value = other, id = k;
+        else if (other > second) second = other;
+    }
 };
 
 // Distinct numbers in [0, 1) that differ much for neighbouring k (the van der Corput sequence).
@@ -784,37 +794,43 @@ private:
         }
         largest_ = largest_magnitude(matrix_, n_, n_, "similarities");
         own_.resize(n_);
-        words_ = (n_ + 31) / 32;
-        with_own_ = Buffer<uint32_t>(memory_, checked_product(n_, words_), 0u);
+        near_.resize(n_);
         screen_ = Buffer<float>(memory_, n_);
-        scratch_screen_ = Buffer<float>(memory_, blocks_ * n_);
-        scratch_maxima_ = Buffer<float>(memory_, blocks_ * stretches());
-        scratch_found_ = Buffer<uint32_t>(memory_, blocks_ * n_);
         excess_ = Buffer<float>(memory_, n_);
         const double next_weight = options_.damping * weight_ + 1 - options_.damping;
         team_.run(blocks_, [&](size_t b) {
             const double weight = waiting_[b].empty() ? next_weight : weight_;
             for (size_t i = b * n_ / blocks_; i < (b + 1) * n_ / blocks_; ++i) {
+                near_[i] = nearest(i);
                 Messages &own = messages_[i];
-                for (size_t j = 0; j < own.used; ++j) {
+                for (uint32_t j = 0; j < own.used; ++j) {
                     const Entry e{own.r[j], own.a[j], lists_[i].s[j], lists_[i].id[j]};
                     const bool implied = same(e.r, weight * e.s - level_[i], e.s);
                     if (implied && same(e.a, column_[e.id], e.s)) continue;
                     if (implied) own_[i].lagging.add(memory_, e.id, e.s, e.a);
                     else own_[i].entries.push_back(e);
-                    set_bit(&with_own_[i * words_], e.id);
+                    if (j < near_[i].length) own_[i].listed |= uint64_t{1} << j;
                 }
                 own = Messages();
-                set_bit(&with_own_[i * words_], static_cast<uint32_t>(i));
             }
         });
         packed_.clear();
         prepare_columns();
     }
 
-    static bool bit(const uint32_t *bits, uint32_t k) { return bits[k / 32] >> (k % 32) & 1; }
-    static void set_bit(uint32_t *bits, uint32_t k) { bits[k / 32] |= 1u << (k % 32); }
-    static void clear_bit(uint32_t *bits, uint32_t k) { bits[k / 32] &= ~(1u << (k % 32)); }
+    // The first neighbours of row i, without those that are no more similar than the bound: so k is one of them if s(i,k) > bound.
+    Row nearest(size_t i) const {
+        Row row = lists_[i];
+        if (row.length > FIRST_LENGTH) row.length = FIRST_LENGTH, row.bound = row.s[FIRST_LENGTH];
+        while (row.length && row.s[row.length - 1] <= row.bound) --row.length;
+        return row;
+    }
+
+    // The bit in Own::listed of row i's pair with k.
+    uint64_t listed_bit(size_t i, uint32_t k, float s) const {
+        const Row &row = near_[i];
+        return s > row.bound ? uint64_t{1} << (std::find(row.id, row.id + row.length, k) - row.id) : 0;
+    }
 
     // Is this message what a pair without one of its own has, but for rounding?
     static bool same(double own, double implied, float s) { return std::fabs(own - implied) <= 1e-13 * (std::fabs(implied) + std::fabs(s)); }
@@ -840,36 +856,51 @@ private:
             rest_ = -std::numeric_limits<double>::infinity();
         }
         std::sort(active_.begin(), active_.end(), higher);
+        highest_ = column_[active_[0]];
     }
+
+    // What the rows of a block use one after the other.
+    struct Scratch {
+        Buffer<float> screen, excess, maxima;
+        Buffer<uint32_t> found;
+        double *column_sum;
+    };
 
     // One iteration of the block's rows; with `all` = false the availabilities have been updated already.
     void matrix_block(size_t b, bool all) {
-        float *screen = &scratch_screen_[b * n_];
-        std::copy_n(screen_.data(), n_, screen);
-        for (size_t i = b * n_ / blocks_; i < (b + 1) * n_ / blocks_; ++i)
-            matrix_row(i, screen, &scratch_maxima_[b * stretches()], &scratch_found_[b * n_], &partial_[b * n_], all);
+        Scratch scratch{{memory_, n_}, {memory_, n_}, {memory_, (n_ + STRETCH - 1) / STRETCH}, {memory_, n_}, &partial_[b * n_]};
+        std::copy_n(screen_.data(), n_, scratch.screen.data());
+        std::copy_n(excess_.data(), n_, scratch.excess.data());
+        const size_t last = (b + 1) * n_ / blocks_;
+        for (size_t i = b * n_ / blocks_; i < last; ++i) {
+            // What rows point to lies anywhere, and waiting for it would take longer than all else.
+            const size_t ahead = std::min(i + 4, last - 1);
+            for (const void *place : {static_cast<const void *>(own_[ahead].entries.data()), static_cast<const void *>(own_[ahead].lagging.a),
+                                      static_cast<const void *>(own_[ahead].lagging.s), static_cast<const void *>(own_[ahead].lagging.id),
+                                      static_cast<const void *>(near_[ahead].s), static_cast<const void *>(near_[ahead].id)}) {
+                __builtin_prefetch(place);
+                __builtin_prefetch(static_cast<const char *>(place) + 64);
+            }
+            matrix_row(i, scratch, all);
+        }
     }
-    size_t stretches() const { return (n_ + STRETCH - 1) / STRETCH; }
 
-    void matrix_row(size_t i, float *screen, float *maxima, uint32_t *found, double *column_sum, bool all) {
+    void matrix_row(size_t i, Scratch &scratch, bool all) {
         const double damping = options_.damping, gain = 1 - damping, weight = weight_, level = level_[i];
         const float *s = matrix_ + i * n_;
-        Row row = lists_[i];
-        if (FIRST_LENGTH < row.length) {
-            row.length = FIRST_LENGTH;
-            row.bound = row.s[row.length];
-        }
-        std::vector<Entry> &entries = own_[i].entries;
-        Lagging &lagging = own_[i].lagging;
-        uint32_t *bits = &with_own_[i * words_];
+        const Row row = near_[i];
+        Own &own = own_[i];
+        std::vector<Entry> &entries = own.entries;
+        Lagging &lagging = own.lagging;
+        const uint64_t listed = row.length ? ~uint64_t{0} >> (64 - row.length) : 0;
 
         // Availabilities. Pairs whose messages have become as implied need none of their own any more.
         if (all) {
-            kernels_->update_availabilities(lagging.id.data(), lagging.s.data(), nullptr, lagging.a.data(), lagging.used, column_sum_.data(), weight, level, damping);
+            kernels_->update_availabilities(lagging.id, lagging.s, nullptr, lagging.a, lagging.used, column_sum_.data(), weight, level, damping);
             if (cleaning_) {
                 uint32_t left = 0;
                 for (uint32_t j = 0; j < lagging.used; ++j) {
-                    if (same(lagging.a[j], column_[lagging.id[j]], lagging.s[j])) clear_bit(bits, lagging.id[j]);
+                    if (same(lagging.a[j], column_[lagging.id[j]], lagging.s[j])) own.listed &= ~listed_bit(i, lagging.id[j], lagging.s[j]);
                     else lagging.move(j, left++);
                 }
                 lagging.used = left;
@@ -879,61 +910,74 @@ private:
                 e.a = damping * e.a + gain * std::min(0.0, column_sum_[e.id] - std::max(e.r, 0.0));
                 if (!same(e.r, weight * e.s - level, e.s)) entries[kept++] = e;
                 else if (!same(e.a, column_[e.id], e.s)) lagging.add(memory_, e.id, e.s, e.a);
-                else clear_bit(bits, e.id);
+                else own.listed &= ~listed_bit(i, e.id, e.s);
             }
             entries.resize(kept);
             // New: pairs whose own responsibility now matters to their availability, r > max(0, column sum).
             const auto consider = [&](uint32_t k, float similarity) {
                 const double r = weight * similarity - level, sum = column_sum_[k];
-                if (r <= std::max(0.0, sum)) return;
+                if (r <= std::max(0.0, sum)) return false;
                 lagging.add(memory_, k, similarity, column_[k] + gain * (std::min(0.0, sum - r) - std::min(0.0, sum)));
-                set_bit(bits, k);
+                return true;
             };
             if (weight * row.bound - level > 0) {
                 const double limit = level - std::ldexp(largest_ + std::fabs(level), -21);
-                const size_t count = kernels_->find_above(s, excess_.data(), bits, n_, static_cast<float>(weight), static_cast<float>(limit), found);
-                for (size_t q = 0; q < count; ++q) consider(found[q], s[found[q]]);
-            } else {
-                for (size_t j = 0; j < row.length && weight * row.s[j] - level > 0; ++j)
-                    if (!bit(bits, row.id[j])) consider(row.id[j], row.s[j]);
+                hide(i, scratch.excess.data());
+                for (size_t j = 0; j < row.length; ++j) scratch.excess[row.id[j]] = -std::numeric_limits<float>::infinity();
+                const size_t count = kernels_->find_above(s, scratch.excess.data(), n_, static_cast<float>(weight), static_cast<float>(limit), scratch.found.data());
+                for (size_t j = 0; j < row.length; ++j) scratch.excess[row.id[j]] = excess_[row.id[j]];
+                show(i, scratch.excess.data(), excess_.data());
+                for (size_t q = 0; q < count; ++q) consider(scratch.found[q], s[scratch.found[q]]);
+            }
+            for (uint64_t rest = listed & ~own.listed; rest; rest &= rest - 1) {
+                const int j = __builtin_ctzll(rest);
+                if (weight * row.s[j] - level <= 0) break;
+                if (consider(row.id[j], row.s[j])) own.listed |= uint64_t{1} << j;
             }
         }
 
-        // The two best values of a + s.
-        double best = a_self_[i] + p_[i], second = -std::numeric_limits<double>::infinity();
-        uint32_t arg = static_cast<uint32_t>(i);
-        const auto see = [&](double value, uint32_t k) {
-            if (value > best) second = best, best = value, arg = k;
-            else if (value > second) second = value;
-        };
-        for (const Entry &e : entries) see(e.s + e.a, e.id);
+        // The two best values of a + s: of the pairs with messages of their own, of the row's neighbours as far as they may matter, of the
+        // columns with the highest values, and of the whole row where that does not decide it.
+        Best best{a_self_[i] + p_[i], -std::numeric_limits<double>::infinity(), static_cast<uint32_t>(i)};
+        for (const Entry &e : entries) best.see(e.s + e.a, e.id);
         double pair[2] = {-std::numeric_limits<double>::infinity(), -std::numeric_limits<double>::infinity()};
-        kernels_->two_best(lagging.s.data(), lagging.a.data(), lagging.used, pair);
-        uint32_t at = 0;  // the best of those
-        if (pair[0] > best)
-            while (lagging.s[at] + lagging.a[at] != pair[0]) ++at;
-        see(pair[0], lagging.used ? lagging.id[at] : 0);
-        see(pair[1], 0);  // never the best
-        size_t listed = 0;
-        for (; listed < row.length && row.s[listed] > second; ++listed)
-            if (!bit(bits, row.id[listed])) see(row.s[listed] + column_[row.id[listed]], row.id[listed]);
-        if (row.bound > second) scan_on(i, row, screen, maxima, found, &second, see);
+        kernels_->two_best(lagging.s, lagging.a, lagging.used, pair);
+        uint32_t at = lagging.used;  // the best of those, if it is the best of all
+        if (pair[0] > best.value)
+            for (at = 0; lagging.s[at] + lagging.a[at] != pair[0];) ++at;
+        best.see(pair[0], at < lagging.used ? lagging.id[at] : 0);
+        best.see(pair[1], 0);  // never the best
+        const Best of_own = best;
+        for (uint64_t rest = listed & ~own.listed; rest; rest &= rest - 1) {
+            const int j = __builtin_ctzll(rest);
+            if (row.s[j] + highest_ <= best.second) break;
+            best.see(row.s[j] + column_[row.id[j]], row.id[j]);
+        }
+        if (row.bound + highest_ > best.second) {
+            size_t tried = 0;
+            for (; tried < active_.size() && row.bound + column_[active_[tried]] > best.second; ++tried) {
+                const uint32_t k = active_[tried];
+                if (s[k] + column_[k] > best.second && s[k] <= row.bound && k != i && !has(own, k)) best.see(s[k] + column_[k], k);
+            }
+            if (tried == active_.size() && row.bound + rest_ > best.second) best = scan_row(i, scratch, of_own, best.second);
+        }
 
         // From here on the best pair has an r of its own.
-        if (arg != i && !(at < lagging.used && lagging.id[at] == arg) && !bit(bits, arg)) {
-            entries.push_back({weight * s[arg] - level, column_[arg], s[arg], arg});
-            set_bit(bits, arg);
-        } else if (at < lagging.used && lagging.id[at] == arg) {
-            entries.push_back({weight * lagging.s[at] - level, lagging.a[at], lagging.s[at], arg});
+        if (best.id != of_own.id) {
+            entries.push_back({weight * s[best.id] - level, column_[best.id], s[best.id], best.id});
+            own.listed |= listed_bit(i, best.id, s[best.id]);
+        } else if (at < lagging.used) {
+            entries.push_back({weight * lagging.s[at] - level, lagging.a[at], lagging.s[at], best.id});
             lagging.move(--lagging.used, at);
         }
 
         // Responsibilities, and the columns' sums of the positive ones. Those of entries and the diagonal are taken out again.
-        r_self_[i] = damping * r_self_[i] + gain * (p_[i] - (arg == i ? second : best));
-        const double next_weight = damping * weight + gain, next_level = damping * level + gain * best;
+        r_self_[i] = damping * r_self_[i] + gain * (p_[i] - (best.id == i ? best.second : best.value));
+        const double next_weight = damping * weight + gain, next_level = damping * level + gain * best.value;
+        double *column_sum = scratch.column_sum;
         const double self_sum = column_sum[i];
         for (Entry &e : entries) {
-            e.r = damping * e.r + gain * (e.s - (e.id == arg ? second : best));
+            e.r = damping * e.r + gain * (e.s - (e.id == best.id ? best.second : best.value));
             e.sum = column_sum[e.id];
         }
         if (next_weight * row.bound - next_level > 0) {
@@ -950,52 +994,48 @@ private:
         level_[i] = next_level;
     }
 
-    // Go on with the scan of row i behind its list: the columns with the highest values, then all.
-    template <class See>
-    void scan_on(size_t i, const Row &row, float *screen, float *maxima, uint32_t *found, const double *second, const See &see) {
+    static bool has(const Own &own, uint32_t k) {
+        for (const Entry &e : own.entries)
+            if (e.id == k) return true;
+        return std::find(own.lagging.id, own.lagging.id + own.lagging.used, k) != own.lagging.id + own.lagging.used;
+    }
+
+    // Take row i's pairs with messages of their own, and the diagonal, out of a screen; put them back.
+    void hide(size_t i, float *screen) const {
+        screen[i] = -std::numeric_limits<float>::infinity();
+        for (const Entry &e : own_[i].entries) screen[e.id] = -std::numeric_limits<float>::infinity();
+        for (size_t j = 0; j < own_[i].lagging.used; ++j) screen[own_[i].lagging.id[j]] = -std::numeric_limits<float>::infinity();
+    }
+    void show(size_t i, float *screen, const float *whole) const {
+        screen[i] = whole[i];
+        for (const Entry &e : own_[i].entries) screen[e.id] = whole[e.id];
+        for (size_t j = 0; j < own_[i].lagging.used; ++j) screen[own_[i].lagging.id[j]] = whole[own_[i].lagging.id[j]];
+    }
+
+    // `best`, of the pairs with messages of their own, and all others of row i; two of them at least are worth `known`.
+    Best scan_row(size_t i, Scratch &scratch, Best best, double known) const {
         const float *s = matrix_ + i * n_;
-        uint32_t *bits = &with_own_[i * words_];
-        size_t marked = 0;  // in `bits` for now, as seen
-        const auto mark = [&](uint32_t k) {
-            set_bit(bits, k);
-            found[marked++] = k;
-        };
-        for (size_t j = 0; j < row.length; ++j)
-            if (!bit(bits, row.id[j])) mark(row.id[j]);
-        size_t tried = 0;
-        for (; tried < active_.size() && row.bound + column_[active_[tried]] > *second; ++tried) {
-            const uint32_t k = active_[tried];
-            if (bit(bits, k)) continue;
-            see(s[k] + column_[k], k);
-            mark(k);
+        float *screen = scratch.screen.data(), *maxima = scratch.maxima.data();
+        hide(i, screen);
+        kernels_->stretch_maxima(s, screen, n_, maxima);
+        float top = -std::numeric_limits<float>::infinity(), next = top;
+        for (size_t first = 0; first < n_; first += STRETCH) {
+            const float value = maxima[first / STRETCH];
+            next = std::max(next, std::min(top, value));
+            top = std::max(top, value);
         }
-        if (tried == active_.size() && row.bound + rest_ > *second) {
-            const auto for_marked = [&](auto body) {
-                for (size_t w = 0; w < words_; ++w)
-                    for (uint32_t word = bits[w]; word; word &= word - 1) body(w * 32 + static_cast<size_t>(__builtin_ctz(word)));
-            };
-            for_marked([&](size_t k) { screen[k] = -std::numeric_limits<float>::infinity(); });
-            kernels_->stretch_maxima(s, screen, n_, maxima);
-            float top = -std::numeric_limits<float>::infinity(), next = top;
-            for (size_t first = 0; first < n_; first += STRETCH) {
-                const float value = maxima[first / STRETCH];
-                next = std::max(next, std::min(top, value));
-                top = std::max(top, value);
+        // Two pairs at least have a true value of `next` - error.
+        const double limit = std::max(known, next - screen_error_) - screen_error_;
+        for (size_t first = 0; first < n_; first += STRETCH) {
+            if (maxima[first / STRETCH] < limit) continue;
+            const size_t count = kernels_->find_above(s + first, screen + first, std::min(STRETCH, n_ - first), 1.0f, static_cast<float>(limit), scratch.found.data());
+            for (size_t q = 0; q < count; ++q) {
+                const size_t k = first + scratch.found[q];
+                best.see(s[k] + column_[k], static_cast<uint32_t>(k));
             }
-            // Two pairs at least have a true value of `next` - error.
-            const double limit = std::max(*second, next - screen_error_) - screen_error_;
-            for (size_t first = 0; first < n_; first += STRETCH) {
-                if (maxima[first / STRETCH] < limit) continue;
-                const size_t count = kernels_->find_above(s + first, screen + first, bits + first / 32, std::min(STRETCH, n_ - first), 1.0f,
-                                                          static_cast<float>(limit), found + marked);
-                for (size_t q = 0; q < count; ++q) {
-                    const size_t k = first + found[marked + q];
-                    see(s[k] + column_[k], static_cast<uint32_t>(k));
-                }
-            }
-            for_marked([&](size_t k) { screen[k] = screen_[k]; });
         }
-        for (size_t q = 0; q < marked; ++q) clear_bit(bits, found[q]);
+        show(i, screen, screen_.data());
+        return best;
     }
 
     // The columns' sums of positive responsibilities. Each thread adds up a range of the columns, all in the order of the rows.
@@ -1132,12 +1172,10 @@ private:
     // After use_matrix.
     const float *matrix_ = nullptr;
     Buffer<double> partial_;  // per block: its part of the column sums
-    double largest_ = 0, screen_error_ = 0, rest_ = 0;  // rest_: no column outside `active_` is worth more
+    double largest_ = 0, screen_error_ = 0;
+    double highest_ = 0, rest_ = 0;  // no column is worth more, none outside `active_`
     std::vector<Own> own_;
-    Buffer<float> scratch_screen_, scratch_maxima_;  // per block
-    Buffer<uint32_t> scratch_found_;
-    Buffer<uint32_t> with_own_;  // n bits for each row: the pairs in own_, and the diagonal
-    size_t words_ = 0;
+    std::vector<Row> near_;
     bool cleaning_ = false;      // in this iteration, look for lagging pairs that no longer are
     Buffer<float> screen_, excess_;
     std::vector<uint32_t> active_;

@@ -66,8 +66,8 @@ struct ScoreKernels {
     // maxima[b] = the largest s[k] + column[k] of stretch b, k in [b * STRETCH, (b + 1) * STRETCH).
     void (*stretch_maxima)(const float *s, const float *column, size_t n, float *maxima);
 
-    // found = all k with weight * s[k] + column[k] > limit whose bit in `skip` is not set, ascending. Returns how many.
-    size_t (*find_above)(const float *s, const float *column, const uint32_t *skip, size_t n, float weight, float limit, uint32_t *found);
+    // found = all k with weight * s[k] + column[k] > limit, ascending. Returns how many.
+    size_t (*find_above)(const float *s, const float *column, size_t n, float weight, float limit, uint32_t *found);
 
     // a[j] = damping * a[j] + (1 - damping) * min(0, column_sum[id[j]] - max(0, r[j])), where r[j] = weight * s[j] - level if r is nullptr.
     void (*update_availabilities)(const uint32_t *id, const float *s, const double *r, double *a, size_t n, const double *column_sum, double weight,
