@@ -857,6 +857,9 @@ private:
         }
         std::sort(active_.begin(), active_.end(), higher);
         highest_ = column_[active_[0]];
+        // Reading them one by one takes about as long as the whole row: not where most rows would need both, as in the last iteration.
+        tried_ = undecided_ > decided_ ? 0 : active_.size();
+        decided_ = undecided_ = 0;
     }
 
     // What the rows of a block use one after the other.
@@ -864,11 +867,12 @@ private:
         Buffer<float> screen, excess, maxima;
         Buffer<uint32_t> found;
         double *column_sum;
+        size_t decided = 0, undecided = 0;  // rows for which the columns in `active_` suffice, and for which they do not
     };
 
     // One iteration of the block's rows; with `all` = false the availabilities have been updated already.
     void matrix_block(size_t b, bool all) {
-        Scratch scratch{{memory_, n_}, {memory_, n_}, {memory_, (n_ + STRETCH - 1) / STRETCH}, {memory_, n_}, &partial_[b * n_]};
+        Scratch scratch{{memory_, n_}, {memory_, n_}, {memory_, (n_ + STRETCH - 1) / STRETCH}, {memory_, n_}, &partial_[b * n_], 0, 0};
         std::copy_n(screen_.data(), n_, scratch.screen.data());
         std::copy_n(excess_.data(), n_, scratch.excess.data());
         const size_t last = (b + 1) * n_ / blocks_;
@@ -883,6 +887,8 @@ private:
             }
             matrix_row(i, scratch, all);
         }
+        decided_ += scratch.decided;
+        undecided_ += scratch.undecided;
     }
 
     void matrix_row(size_t i, Scratch &scratch, bool all) {
@@ -954,12 +960,12 @@ private:
             best.see(row.s[j] + column_[row.id[j]], row.id[j]);
         }
         if (row.bound + highest_ > best.second) {
-            size_t tried = 0;
-            for (; tried < active_.size() && row.bound + column_[active_[tried]] > best.second; ++tried) {
+            for (size_t tried = 0; tried < tried_ && row.bound + column_[active_[tried]] > best.second; ++tried) {
                 const uint32_t k = active_[tried];
                 if (s[k] + column_[k] > best.second && s[k] <= row.bound && k != i && !has(own, k)) best.see(s[k] + column_[k], k);
             }
-            if (tried == active_.size() && row.bound + rest_ > best.second) best = scan_row(i, scratch, of_own, best.second);
+            if (row.bound + (tried_ ? rest_ : highest_) > best.second) best = scan_row(i, scratch, of_own, best.second);
+            (row.bound + rest_ > best.second ? scratch.undecided : scratch.decided) += 1;
         }
 
         // From here on the best pair has an r of its own.
@@ -1176,6 +1182,8 @@ private:
     double highest_ = 0, rest_ = 0;  // no column is worth more, none outside `active_`
     std::vector<Own> own_;
     std::vector<Row> near_;
+    std::atomic<size_t> decided_{0}, undecided_{0};  // rows of this iteration, see Scratch
+    size_t tried_ = 0;  // so many of `active_` are tried before a whole row is read
     bool cleaning_ = false;      // in this iteration, look for lagging pairs that no longer are
     Buffer<float> screen_, excess_;
     std::vector<uint32_t> active_;
