@@ -237,15 +237,15 @@ static inline unsigned greater_mask(float32x4_t x, float32x4_t y) {
 
 const ScoreKernels *score_kernels(eimf_kernel kernel) {
     static const ScoreKernels scalar_version{"scalar", scalar::WIDTH, 4, scalar::tile_best, scalar::tile, scalar::best, nullptr, nullptr, scalar::count_above, scalar::range, scalar::stretch_maxima, scalar::find_above,
-                                              scalar::update_availabilities, scalar::update_responsibilities, scalar::two_best, scalar::add_positive, scalar::squared_distance, scalar::pack};
+                                              scalar::update_availabilities, scalar::update_responsibilities, scalar::two_best, scalar::add_positive, scalar::squared_distance, scalar::pack, scalar::transpose};
 #if EIMF_X86
     static const ScoreKernels avx2_version{"avx2", avx2::WIDTH, 4, avx2::tile_best, avx2::tile, avx2::best, nullptr, nullptr, avx2::count_above, avx2::range, avx2::stretch_maxima, avx2::find_above,
-                                              avx2::update_availabilities, avx2::update_responsibilities, avx2::two_best, avx2::add_positive, avx2::squared_distance, avx2::pack};
+                                              avx2::update_availabilities, avx2::update_responsibilities, avx2::two_best, avx2::add_positive, avx2::squared_distance, avx2::pack, avx2::transpose};
     __builtin_cpu_init();
     const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool has_avx512 = __builtin_cpu_supports("avx512f"), has_vnni = has_avx512 && __builtin_cpu_supports("avx512vnni");
     static const ScoreKernels avx512_version{"avx512", avx512::WIDTH, 8, avx512::tile_best, avx512::tile, avx512::best, nullptr, nullptr, avx512::count_above, avx512::range, avx512::stretch_maxima, avx512::find_above,
-                                              avx512::update_availabilities, avx512::update_responsibilities, avx512::two_best, avx512::add_positive, avx512::squared_distance, avx512::pack};
+                                              avx512::update_availabilities, avx512::update_responsibilities, avx512::two_best, avx512::add_positive, avx512::squared_distance, avx512::pack, avx512::transpose};
     static const ScoreKernels vnni_version = [] {
         ScoreKernels version = avx512_version;
         version.name = "avx512vnni";
@@ -259,7 +259,7 @@ const ScoreKernels *score_kernels(eimf_kernel kernel) {
 #endif
 #if EIMF_ARM
     static const ScoreKernels neon_version{"neon", neon::WIDTH, 8, neon::tile_best, neon::tile, neon::best, nullptr, nullptr, neon::count_above, neon::range, neon::stretch_maxima, neon::find_above,
-                                              neon::update_availabilities, neon::update_responsibilities, neon::two_best, neon::add_positive, neon::squared_distance, neon::pack};
+                                              neon::update_availabilities, neon::update_responsibilities, neon::two_best, neon::add_positive, neon::squared_distance, neon::pack, neon::transpose};
     if (kernel == EIMF_KERNEL_AUTO || kernel == EIMF_KERNEL_NEON) return &neon_version;
 #endif
     return kernel == EIMF_KERNEL_AUTO || kernel == EIMF_KERNEL_SCALAR ? &scalar_version : nullptr;

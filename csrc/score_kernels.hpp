@@ -8,7 +8,7 @@
 
 namespace eimf {
 
-constexpr size_t STRETCH = 512;
+constexpr size_t STRETCH = 512, TILE = 16;
 
 struct ScoreKernels {
     const char *name;
@@ -88,6 +88,9 @@ struct ScoreKernels {
     // panel[t * width + j] = items[j][t] for all j < width. Returns the largest magnitude's bits: 0x7f800000 or more if a
     // value is not finite.
     int32_t (*pack)(const float *const *items, size_t d, float *panel);
+
+    // to[r * stride + k] = tile[k * TILE + r] for all k, r < TILE.
+    void (*transpose)(const float *tile, float *to, size_t stride);
 };
 
 // The versions this CPU can run; nullptr if it cannot.

@@ -431,7 +431,7 @@ void nearest_of_all(const AllPairs &given, Team &team, Memory &memory) {
     p.wanted = std::min(p.wanted, p.n);
     const ScoreKernels &kernels = *p.kernels;
     const size_t n = p.n, d = p.d, width = kernels.width, block = BLOCK_PANELS * width, capacity = pairs_capacity(p.wanted);
-    Buffer<float> scores(memory, checked_product(n, capacity)), panels(memory, block * d), own(memory, p.products ? 0 : checked_product(block, n));
+    Buffer<float> scores(memory, checked_product(n, capacity)), panels(memory, block * d), strip(memory, checked_product(block, n));
     Buffer<uint32_t> ids(memory, checked_product(n, capacity));
     Buffer<Candidates> candidates(memory, n);
     for (size_t i = 0; i < n; ++i) candidates[i] = {&scores[i * capacity], &ids[i * capacity], 0, -std::numeric_limits<float>::infinity()};
@@ -440,7 +440,6 @@ void nearest_of_all(const AllPairs &given, Team &team, Memory &memory) {
     // Each row must see the items by rising id. So at block J, first all earlier rows see J's, then J's rows see the earlier ones, then J's.
     for (size_t j0 = 0; j0 < n; j0 += block) {
         const size_t here = std::min(block, n - j0);
-        float *const strip = p.products ? p.products + j0 * n : own.data();  // J's rows, n apart
         for (size_t j = 0; j < here; j += width) {
             const float *item[64];
             for (size_t v = 0; v < width; ++v) item[v] = p.x + std::min(j0 + j + v, n - 1) * d;
@@ -464,7 +463,7 @@ void nearest_of_all(const AllPairs &given, Team &team, Memory &memory) {
                     for (size_t r = 0; r < count; ++r) strip[j * n + i + r] = part[r * block + j];
                 for (size_t r = 0; r < count; ++r) {
                     absorb(p, candidates[i + r], capacity, &part[r * block], j0, here, found.data());
-                    if (p.products) std::copy_n(&part[r * block], here, p.products + (i + r) * n + j0);
+                    if (p.products) p.products(i + r, j0, here, &part[r * block]);
                 }
             }
         });
@@ -475,9 +474,11 @@ void nearest_of_all(const AllPairs &given, Team &team, Memory &memory) {
             multiply(j0 + first, count, part.data());
             for (size_t r = 0; r < count; ++r) {
                 Candidates &mine = candidates[j0 + first + r];
-                for (size_t i = 0; i < j0; i += block) absorb(p, mine, capacity, strip + (first + r) * n + i, i, block, found.data());
+                for (size_t i = 0; i < j0; i += block) absorb(p, mine, capacity, &strip[(first + r) * n + i], i, block, found.data());
                 absorb(p, mine, capacity, &part[r * block], j0, here, found.data());
-                if (p.products) std::copy_n(&part[r * block], here, p.products + (j0 + first + r) * n + j0);
+                if (!p.products) continue;
+                p.products(j0 + first + r, 0, j0, &strip[(first + r) * n]);
+                p.products(j0 + first + r, j0, here, &part[r * block]);
             }
         });
     }
