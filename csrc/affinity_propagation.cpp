@@ -64,7 +64,6 @@ public:
         return halved(n) ? checked_product(checked_product(tiles, tiles + 1) / 2, TILE * TILE) : checked_product(n, n);
     }
     explicit operator bool() const { return n_ > 0; }
-    bool given() const { return n_ > 0 && values_.size() == 0; }
 
     float operator()(size_t i, size_t k) const { return rows_ ? rows_[i * n_ + k] : values_[place(i, k)] * static_cast<float>(weight_[i]); }
 
@@ -900,18 +899,18 @@ private:
         prepare_columns();
     }
 
-    // The first neighbours of row i, without those that are no more similar than the bound: so k is one of them if s(i,k) > bound.
+    // The first neighbours of row i.
     Row nearest(size_t i) const {
         Row row = lists_[i];
         if (row.length > FIRST_LENGTH) row.length = FIRST_LENGTH, row.bound = row.s[FIRST_LENGTH];
-        while (row.length && row.s[row.length - 1] <= row.bound) --row.length;
         return row;
     }
 
-    // The bit in Own::listed of row i's pair with k.
-    uint64_t listed_bit(size_t i, uint32_t k, float s) const {
+    // The bit in Own::listed of row i's pair with k; 0 if k is none of its first neighbours.
+    uint64_t listed_bit(size_t i, uint32_t k) const {
         const Row &row = near_[i];
-        return s > row.bound ? uint64_t{1} << (std::find(row.id, row.id + row.length, k) - row.id) : 0;
+        const auto j = std::find(row.id, row.id + row.length, k) - row.id;
+        return j < row.length ? uint64_t{1} << j : 0;
     }
 
     // Is this message what a pair without one of its own has, but for rounding?
@@ -987,7 +986,7 @@ private:
             if (cleaning_) {
                 uint32_t left = 0;
                 for (uint32_t j = 0; j < lagging.used; ++j) {
-                    if (same(lagging.a[j], column_[lagging.id[j]], lagging.s[j])) own.listed &= ~listed_bit(i, lagging.id[j], lagging.s[j]);
+                    if (same(lagging.a[j], column_[lagging.id[j]], lagging.s[j])) own.listed &= ~listed_bit(i, lagging.id[j]);
                     else lagging.move(j, left++);
                 }
                 lagging.used = left;
@@ -997,7 +996,7 @@ private:
                 e.a = damping * e.a + gain * std::min(0.0, column_sum_[e.id] - std::max(e.r, 0.0));
                 if (!same(e.r, weight * e.s - level, e.s)) entries[kept++] = e;
                 else if (!same(e.a, column_[e.id], e.s)) lagging.add(memory_, e.id, e.s, e.a);
-                else own.listed &= ~listed_bit(i, e.id, e.s);
+                else own.listed &= ~listed_bit(i, e.id);
             }
             entries.resize(kept);
             // New: pairs whose own responsibility now matters to their availability, r > max(0, column sum).
@@ -1044,7 +1043,7 @@ private:
         if (row.bound + highest_ > best.second) {
             for (size_t tried = 0; tried < tried_ && row.bound + column_[active_[tried]] > best.second; ++tried) {
                 const uint32_t k = active_[tried];
-                if (const float value = s(k); value + column_[k] > best.second && value <= row.bound && k != i && !has(own, k)) best.see(value + column_[k], k);
+                if (const float value = s(k); value + column_[k] > best.second && k != i && !listed_bit(i, k) && !has(own, k)) best.see(value + column_[k], k);
             }
             if (row.bound + (tried_ ? rest_ : highest_) > best.second) best = scan_row(i, scratch, of_own, best.second);
             (row.bound + rest_ > best.second ? scratch.undecided : scratch.decided) += 1;
@@ -1053,7 +1052,7 @@ private:
         // From here on the best pair has an r of its own.
         if (best.id != of_own.id) {
             entries.push_back({weight * s(best.id) - level, column_[best.id], s(best.id), best.id});
-            own.listed |= listed_bit(i, best.id, s(best.id));
+            own.listed |= listed_bit(i, best.id);
         } else if (at < lagging.used) {
             entries.push_back({weight * lagging.s[at] - level, lagging.a[at], lagging.s[at], best.id});
             lagging.move(--lagging.used, at);
