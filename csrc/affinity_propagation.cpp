@@ -7,8 +7,8 @@
 // Both follow from the damped updates started at 0, with weight = 1 - damping^t.
 // Entries with r > 0, and the row's best, have s(i,k) >= the row's best value, so they are a prefix of the list.
 //
-// Where preferences are so low that the lists would approach whole rows, the similarities are kept as a float32 n x n array
-// (use_matrix), and only entries where a message differs from the implied value hold their own: those that ever were a row's best
+// Where preferences are so low that the lists would approach whole rows, all similarities are kept in float32 (Pairs, use_matrix),
+// and only entries where a message differs from the implied value hold their own: those that ever were a row's best
 // (r) and those with r(i,k) > max(0, column sum) at some time (a). They are few at any preference. A row then is read whole only
 // where its first list and the columns with the highest values cannot decide it, and it is screened in float32: what may matter
 // is judged in float64. So every form has the same messages but for rounding in float64.
@@ -26,9 +26,10 @@ constexpr double NEVER = -1e300;  // stands for minus infinity where arithmetic 
 constexpr size_t FIRST_LENGTH = 64, GROWTH = 4;  // of lists
 // Lists that hold more than 1 / LISTED_SHARE of all pairs are worse than the matrix.
 constexpr size_t LISTED_SHARE = 16;
-// A matrix of so many bytes at most is also preferred to lists that would do, but be longer than twice the first length.
+// A matrix of so many bytes at most is also preferred to lists that would do, but be longer than twice the first length; larger ones of
+// points are kept by halves.
 constexpr size_t SMALL_MATRIX = 128 << 20;
-constexpr size_t ACTIVE = 64;  // columns that are tried before a whole row
+constexpr size_t ACTIVE_SHARE = 64;  // n / ACTIVE_SHARE columns are tried before a whole row
 constexpr size_t SELF = static_cast<size_t>(-1);
 
 // One row's neighbours, by falling s, equal s by rising id.
@@ -47,6 +48,83 @@ struct Neighbour {
 
 constexpr size_t ENTRY_BYTES = sizeof(uint32_t) + sizeof(float);
 
+// All similarities; the diagonal is arbitrary. They lie row after row or, where there are many of points, by halves: those are symmetric but
+// for the row's weight, so square tiles on and below the diagonal hold all. A row then is read with the whole strip of TILE rows that it is in.
+class Pairs {
+public:
+    Pairs() = default;
+    Pairs(const float *rows, size_t n, double largest) : largest(largest), n_(n), rows_(rows) {}
+    // Of points, to be filled by `put`.
+    Pairs(Memory &memory, const std::vector<uint32_t> &weight, double largest)
+        : largest(largest), n_(weight.size()), weight_(weight.data()), values_(memory, size(n_)), rows_(halved(n_) ? nullptr : values_.data()) {}
+
+    // Numbers that are held for n points.
+    static size_t size(size_t n) {
+        const size_t tiles = (n + TILE - 1) / TILE;
+        return halved(n) ? checked_product(checked_product(tiles, tiles + 1) / 2, TILE * TILE) : checked_product(n, n);
+    }
+    explicit operator bool() const { return n_ > 0; }
+
+    float operator()(size_t i, size_t k) const { return rows_ ? rows_[i * n_ + k] : values_[place(i, k)] * static_cast<float>(weight_[i]); }
+
+    // The strip that a thread has read last.
+    struct Strip {
+        Buffer<float> rows;
+        size_t number = SELF;
+    };
+    const float *row(size_t i, Strip &strip, const ScoreKernels &kernels, Memory &memory) const {
+        if (rows_) return rows_ + i * n_;
+        const size_t here = i / TILE, tiles = (n_ + TILE - 1) / TILE, length = tiles * TILE;
+        if (strip.rows.size() == 0) strip.rows = Buffer<float>(memory, TILE * length);
+        float *const rows = strip.rows.data();
+        if (strip.number != here) {
+            strip.number = here;
+            for (size_t t = 0; t < tiles; ++t) {
+                const float *tile = &values_[place(here * TILE, t * TILE)];
+                if (t + 4 < tiles && t >= here)  // not one after the other in memory
+                    for (size_t r = 0; r < TILE; ++r) __builtin_prefetch(&values_[place((t + 4) * TILE + r, here * TILE)]);
+                if (t > here) kernels.transpose(tile, rows + t * TILE, length);
+                else for (size_t r = 0; r < TILE; ++r) std::copy_n(tile + r * TILE, TILE, rows + r * length + t * TILE);
+            }
+            for (size_t r = 0; r < TILE && here * TILE + r < n_; ++r)
+                for (size_t k = 0; k < n_ && weight_[here * TILE + r] != 1; ++k) rows[r * length + k] *= static_cast<float>(weight_[here * TILE + r]);
+        }
+        return rows + i % TILE * length;
+    }
+
+    // The similarities of i and the points from `first` on, before they are weighted. All pieces of all rows must be put in.
+    void put(size_t i, size_t first, size_t count, const float *s) {
+        const size_t end = first + count;
+        if (rows_)
+            for (size_t k = first; k < end; ++k) values_[i * n_ + k] = s[k - first] * static_cast<float>(weight_[i]);
+        else
+            for (size_t k = first; k < std::min(end, (i / TILE + 1) * TILE);) {
+                const size_t next = std::min(end, (k / TILE + 1) * TILE);
+                std::copy(s + (k - first), s + (next - first), &values_[place(i, k)]);
+                k = next;
+            }
+    }
+    // A better value for one of them, after all pieces. Rows i and k may put in the same one at once.
+    void put(size_t i, size_t k, float s) {
+        if (rows_) values_[i * n_ + k] = s * static_cast<float>(weight_[i]);
+        else for (const size_t at : {place(i, k), place(k, i)}) __atomic_store(&values_[at], &s, __ATOMIC_RELAXED);
+    }
+
+    double largest = 0;  // bounds all magnitudes
+
+private:
+    static bool halved(size_t n) { return n > SMALL_MATRIX / sizeof(float) / n; }
+    static size_t place(size_t i, size_t k) {
+        if (i / TILE < k / TILE) std::swap(i, k);
+        return (((i / TILE) * (i / TILE + 1) / 2 + k / TILE) * TILE + i % TILE) * TILE + k % TILE;
+    }
+
+    size_t n_ = 0;
+    const uint32_t *weight_ = nullptr;
+    Buffer<float> values_;
+    const float *rows_ = nullptr;
+};
+
 // Where similarities come from. Rows and columns are numbered 0 .. n-1 after equal points were merged.
 class Source {
 public:
@@ -54,14 +132,14 @@ public:
     virtual size_t n() const = 0;
     // Is s(i,k) the same for all pairs?
     virtual bool all_equal(const std::vector<Row> &rows) const = 0;
-    // The similarities, row after row, where they are given as a matrix (the diagonal is arbitrary); else nullptr.
-    virtual const float *matrix() const { return nullptr; }
+    // All similarities, or room for them.
+    virtual Pairs pairs(Memory &) const { return {}; }
     // Are all pairs known?
     virtual bool complete() const { return true; }
     // Give each of `which` a list of at least `length` neighbours (or all there are), by calling fill(i, neighbours, bound).
     using Fill = std::function<void(size_t i, const Neighbour *sorted, size_t length, float bound)>;
-    // If `matrix` is given, for all rows and where there is none already, their similarities go there as well.
-    virtual void neighbours(const uint32_t *which, size_t count, size_t length, Team &team, Memory &memory, const Fill &fill, float *matrix) const = 0;
+    // If `pairs` is there, and all rows are wanted, all similarities go there.
+    virtual void neighbours(const uint32_t *which, size_t count, size_t length, Team &team, Memory &memory, const Fill &fill, Pairs *pairs) const = 0;
     // s(i,k); false if i has no edge to k.
     virtual bool similarity(size_t i, size_t k, double *s) const = 0;
     // For each member, the sum of s(i, member) over the other members (NEVER where one has no edge to it).
@@ -121,23 +199,31 @@ public:
         return true;
     }
 
+    Pairs pairs(Memory &memory) const override {
+        return Pairs(memory, weight_, 4 * largest_norm_ * *std::max_element(weight_.begin(), weight_.end()));
+    }
+
     bool all_equal(const std::vector<Row> &rows) const override {
         for (const Row &row : rows)  // a necessary condition that is cheap
             if (row.s[0] != rows[0].s[0] || row.s[row.length - 1] != rows[0].s[0]) return false;
         for (size_t i = 0; i < n(); ++i)
             for (size_t k = 0; k < n(); ++k)
-                if (i != k && entry(i, k).s != rows[0].s[0]) return false;
+                if (i != k && unweighted(i, k) * static_cast<float>(weight_[i]) != rows[0].s[0]) return false;
         return true;
     }
 
-    void neighbours(const uint32_t *which, size_t count, size_t length, Team &team, Memory &memory, const Fill &fill, float *matrix) const override {
+    void neighbours(const uint32_t *which, size_t count, size_t length, Team &team, Memory &memory, const Fill &fill, Pairs *pairs) const override {
         const size_t wanted = std::min(length, n() - 1);
         const auto listed = [&](size_t i, const RankKey *keys, size_t found) {
             Buffer<Neighbour> list(memory, found);
             size_t kept = 0;
             for (size_t j = 0; j < found; ++j) {
                 for (size_t t = 0; j + 2 < found && t < d_; t += 16) __builtin_prefetch(row(key_id(keys[j + 2])) + t);
-                if (key_id(keys[j]) != i && kept < wanted) list[kept++] = entry(i, key_id(keys[j]));
+                const uint32_t k = key_id(keys[j]);
+                if (k == i || kept == wanted) continue;
+                const float s = unweighted(i, k);
+                list[kept++] = {s * static_cast<float>(weight_[i]), k};
+                if (pairs) pairs->put(i, k, s);
             }
             std::sort(list.begin(), list.begin() + kept);
             float bound = -std::numeric_limits<float>::infinity();
@@ -146,14 +232,21 @@ public:
                 const double last = 2.0 * key_score(keys[found - 1]) + 2.0 * bias_[i] + error_;
                 bound = static_cast<float>(std::min(0.0, last * weight_[i]) * (1 - 1e-6));
             }
-            if (matrix) {
-                const float weight = static_cast<float>(weight_[i]), bias = bias_[i];
-                float *s = matrix + i * n();
-                for (size_t k = 0; k < n(); ++k) s[k] = std::min(0.0f, 2 * (s[k] + bias_[k] + bias)) * weight;
-            }
             fill(i, list.data(), kept, bound);
         };
-        if (count == n()) return nearest_of_all({kernels_, centred_.data(), n(), d_, bias_.data(), wanted + 1, matrix, listed}, team, memory);
+        if (count == n()) {
+            AllPairs all{kernels_, centred_.data(), n(), d_, bias_.data(), wanted + 1, {}, listed};
+            if (pairs)
+                all.products = [&](size_t i, size_t first, size_t count, const float *products) {
+                    float s[STRETCH];
+                    for (const size_t end = first + count; first < end; first += STRETCH, products += STRETCH) {
+                        const size_t here = std::min(STRETCH, end - first);
+                        for (size_t k = 0; k < here; ++k) s[k] = std::min(0.0f, 2 * (products[k] + (bias_[first + k] + bias_[i])));
+                        pairs->put(i, first, here, s);
+                    }
+                };
+            return nearest_of_all(all, team, memory);
+        }
         TopNProblem problem{kernels_, centred_.data(), n(), d_, bias_.data(), nullptr, count, 1, wanted + 1, nullptr, nullptr, {}, {}, {}};
         problem.rows = [&](size_t q) { return centred_.data() + static_cast<size_t>(which[q]) * d_; };
         problem.result = [&](size_t q, const RankKey *keys, const int32_t *, size_t found) { listed(which[q], keys, found); };
@@ -192,9 +285,7 @@ public:
 
 private:
     const float *row(size_t i) const { return x_ + static_cast<size_t>(point_[i]) * d_; }
-    Neighbour entry(size_t i, size_t k) const {
-        return {static_cast<float>(-kernels_->squared_distance(row(i), row(k), d_) * weight_[i]), static_cast<uint32_t>(k)};
-    }
+    float unweighted(size_t i, size_t k) const { return static_cast<float>(-kernels_->squared_distance(row(i), row(k), d_)); }
 
     const float *x_;
     size_t d_;
@@ -209,7 +300,7 @@ private:
 
 class Matrix final : public Source {
 public:
-    Matrix(const float *s, size_t n) : s_(s), n_(n) {}
+    Matrix(const float *s, size_t n, double largest) : s_(s), n_(n), largest_(largest) {}
     size_t n() const override { return n_; }
 
     bool similarity(size_t i, size_t k, double *s) const override {
@@ -222,7 +313,7 @@ public:
                 if (i != k && s_[i * n_ + k] != s_[1]) return false;
         return true;
     }
-    void neighbours(const uint32_t *which, size_t count, size_t length, Team &team, Memory &memory, const Fill &fill, float *) const override {
+    void neighbours(const uint32_t *which, size_t count, size_t length, Team &team, Memory &memory, const Fill &fill, Pairs *) const override {
         const size_t wanted = std::min(length, n_ - 1);
         team.run(count, [&](size_t q) {
             const size_t i = which[q];
@@ -234,7 +325,7 @@ public:
             fill(i, all.data(), wanted, whole ? -std::numeric_limits<float>::infinity() : all[wanted - 1].s);
         });
     }
-    const float *matrix() const override { return s_; }
+    Pairs pairs(Memory &) const override { return {s_, n_, largest_}; }
     void medoid_scores(const uint32_t *members, size_t count, double *scores) const override {
         std::fill_n(scores, count, 0.0);
         for (size_t i = 0; i < count; ++i)
@@ -253,6 +344,7 @@ public:
 private:
     const float *s_;
     size_t n_;
+    double largest_;
 };
 
 // --------------------------------------------------------------------------------------------------------------- graph
@@ -273,7 +365,7 @@ public:
             if (row.length != n_ - 1 || row.s[0] != rows[0].s[0] || row.s[row.length - 1] != rows[0].s[0]) return false;
         return true;
     }
-    void neighbours(const uint32_t *which, size_t count, size_t, Team &team, Memory &memory, const Fill &fill, float *) const override {
+    void neighbours(const uint32_t *which, size_t count, size_t, Team &team, Memory &memory, const Fill &fill, Pairs *) const override {
         team.run((count + 1023) / 1024, [&](size_t block) {
             for (size_t q = block * 1024; q < std::min(count, (block + 1) * 1024); ++q) {
                 const size_t i = which[q], degree = static_cast<size_t>(indptr_[i + 1] - indptr_[i]);
@@ -317,10 +409,10 @@ public:
     const Row &operator[](size_t i) const { return rows_[i]; }
     const std::vector<Row> &rows() const { return rows_; }
 
-    // Make all lists at least this long, or whole. At the first time get the matrix as well, if that is wanted and may be held.
-    void load(Team &team, size_t length, bool with_matrix) {
+    // Make all lists at least this long, or whole. At the first time get all pairs as well, if they are wanted and may be held.
+    void load(Team &team, size_t length, bool with_pairs) {
         if (!loaded_) {
-            fetch_all(team, length, with_matrix && matrix_fits() && hold_matrix());
+            fetch_all(team, length, with_pairs && pairs_fit());
         } else {
             std::vector<uint32_t> all(source_.n());
             std::iota(all.begin(), all.end(), 0u);
@@ -329,21 +421,19 @@ public:
         loaded_ = true;
     }
 
-    // May the matrix be held under the memory limit, with something left for what goes with it?
-    bool matrix_fits() const {
-        return source_.complete() && (source_.matrix() || matrix_.size() || memory_.allows(checked_product(checked_product(source_.n(), source_.n()), sizeof(float) + 1)));
+    // May all pairs be held under the memory limit, with something left for what goes with them?
+    bool pairs_fit() {
+        if (!pairs_ && source_.complete() && memory_.allows(checked_product(Pairs::size(source_.n()), sizeof(float) + 1))) return true;
+        return static_cast<bool>(pairs_);
     }
 
-    // All similarities, row after row; the diagonal is arbitrary.
-    const float *matrix(Team &team) {
-        if (source_.matrix()) return source_.matrix();
-        if (!matrix_.size() && hold_matrix()) {
+    const Pairs &pairs(Team &team) {
+        if (!pairs_) {
             Lists again(source_, memory_);  // its lists are the first ones
-            again.matrix_.swap(matrix_);
             again.fetch_all(team, FIRST_LENGTH, true);
-            again.matrix_.swap(matrix_);
+            pairs_ = std::move(again.pairs_);
         }
-        return matrix_.data();
+        return pairs_;
     }
 
     // Make the lists of `which` at least as long as `lengths` says, or whole.
@@ -355,22 +445,14 @@ public:
     }
 
 private:
-    // False if there is one already, outside.
-    bool hold_matrix() {
-        if (source_.matrix()) return false;
-        matrix_ = Buffer<float>(memory_, checked_product(source_.n(), source_.n()));
-        return true;
-    }
-
-    void fetch_all(Team &team, size_t length, bool with_matrix) {
+    void fetch_all(Team &team, size_t length, bool with_pairs) {
         std::vector<uint32_t> all(source_.n());
         std::iota(all.begin(), all.end(), 0u);
-        fetch(all, length, team, with_matrix ? matrix_.data() : nullptr);
-        for (size_t i = 0; with_matrix && i < rows_.size(); ++i)  // the lists' values are the more exact ones
-            for (size_t j = 0; j < std::min<size_t>(FIRST_LENGTH, rows_[i].length); ++j) matrix_[i * rows_.size() + rows_[i].id[j]] = rows_[i].s[j];
+        if (with_pairs) pairs_ = source_.pairs(memory_);
+        fetch(all, length, team, with_pairs ? &pairs_ : nullptr);
     }
 
-    void fetch(const std::vector<uint32_t> &which, size_t length, Team &team, float *matrix = nullptr) {
+    void fetch(const std::vector<uint32_t> &which, size_t length, Team &team, Pairs *pairs = nullptr) {
         source_.neighbours(which.data(), which.size(), length, team, memory_,
                            [this](size_t i, const Neighbour *sorted, size_t found, float bound) {
                                Buffer<unsigned char> larger(memory_, found * ENTRY_BYTES);
@@ -379,7 +461,7 @@ private:
                                for (size_t j = 0; j < found; ++j) row.s[j] = sorted[j].s, row.id[j] = sorted[j].id;
                                rows_[i] = row;
                                owned_[i] = std::move(larger);
-                           }, matrix);
+                           }, pairs);
     }
 
     const Source &source_;
@@ -387,7 +469,7 @@ private:
     std::vector<Row> rows_;
     std::vector<Buffer<unsigned char>> owned_;  // what the rows point into
     bool loaded_ = false;
-    Buffer<float> matrix_;
+    Pairs pairs_;
 };
 
 // ------------------------------------------------------------------------------------------------------------ the engine
@@ -433,23 +515,21 @@ struct Entry {  // r and a
 };
 
 struct Lagging {  // a alone; r is the implied one
-    Buffer<double> a;
-    Buffer<float> s;
-    Buffer<uint32_t> id;
-    uint32_t used = 0;
+    Buffer<double> values;  // what the others point into
+    double *a = nullptr;
+    float *s = nullptr;
+    uint32_t *id = nullptr;
+    uint32_t used = 0, room = 0;
 
     void add(Memory &memory, uint32_t id_, float s_, double a_) {
-        if (used == a.size()) {
-            const size_t room = used ? size_t{2} * used : 16;
-            Buffer<double> next_a(memory, room);
-            Buffer<float> next_s(memory, room);
-            Buffer<uint32_t> next_id(memory, room);
-            std::copy_n(a.data(), used, next_a.data());
-            std::copy_n(s.data(), used, next_s.data());
-            std::copy_n(id.data(), used, next_id.data());
-            a = std::move(next_a);
-            s = std::move(next_s);
-            id = std::move(next_id);
+        if (used == room) {
+            room = room ? 2 * room : 16;
+            Buffer<double> larger(memory, size_t{2} * room);
+            std::copy_n(a, used, larger.data());
+            a = larger.data();
+            s = std::copy_n(s, used, reinterpret_cast<float *>(a + room)) - used;
+            id = std::copy_n(id, used, reinterpret_cast<uint32_t *>(s + room)) - used;
+            values = std::move(larger);
         }
         a[used] = a_;
         s[used] = s_;
@@ -465,6 +545,18 @@ struct Lagging {  // a alone; r is the implied one
 struct Own {
     std::vector<Entry> entries;
     Lagging lagging;
+    uint64_t listed = 0;  // bit j: the row's j-th neighbour is among them
+};
+static_assert(FIRST_LENGTH <= 64, "Own::listed has a bit for each");
+
+// The two best values of a + s seen so far, and the column of the best.
+struct Best {
+    double value, second;
+    uint32_t id;
+    void see(double other, uint32_t k) {
+        if (other > value) second = value, value = other, id = k;
+        else if (other > second) second = other;
+    }
 };
 
 // Distinct numbers in [0, 1) that differ much for neighbouring k (the van der Corput sequence).
@@ -514,13 +606,13 @@ public:
             return found;
         }
         decide_ties();
-        if (with_matrix && lists_.matrix_fits()) use_matrix();
+        if (with_matrix && lists_.pairs_fit()) use_matrix();
         Clustering best;
         best.net_similarity = -std::numeric_limits<double>::infinity();
         const size_t first_candidate = options_.max_iter - std::min(options_.max_iter, options_.convergence_iter);
         for (size_t iteration = 0; iteration < options_.max_iter; ++iteration) {
             cleaning_ = iteration % 8 == 7;
-            if (!matrix_ && iteration >= 2 && (iteration & (iteration - 1)) == 0) pack();
+            if (!pairs_ && iteration >= 2 && (iteration & (iteration - 1)) == 0) pack();
             responsibilities();
             const bool changing = availabilities();
             result->n_iter = iteration + 1;
@@ -709,7 +801,7 @@ private:
     }
 
     void responsibilities() {
-        if (matrix_) return team_.run(blocks_, [this](size_t b) { matrix_block(b, true); });
+        if (pairs_) return team_.run(blocks_, [this](size_t b) { matrix_block(b, true); });
         team_.run(blocks_, [this](size_t b) {
             const size_t first = b * n_ / blocks_, last = (b + 1) * n_ / blocks_;
             waiting_[b].clear();
@@ -729,7 +821,7 @@ private:
         for (uint32_t b : blocked) short_rows.insert(short_rows.end(), waiting_[b].begin(), waiting_[b].end());
         while (!short_rows.empty()) {
             const std::vector<uint32_t> lengths = lengths_for(short_rows);
-            if (too_long(lengths) && lists_.matrix_fits()) {
+            if (too_long(lengths) && lists_.pairs_fit()) {
                 use_matrix();
                 return team_.run(blocked.size(), [&](size_t q) { matrix_block(blocked[q], false); });
             }
@@ -776,45 +868,50 @@ private:
     // From here on with the matrix. Between two iterations, or in the middle of one: then blocks without waiting rows have done this
     // iteration's responsibilities already.
     void use_matrix() {
-        matrix_ = lists_.matrix(team_);
+        pairs_ = &lists_.pairs(team_);
         partial_ = Buffer<double>(memory_, checked_product(blocks_, n_), 0.0);
         for (size_t b = 0; b < blocks_; ++b) {
             for (const Positive &p : positive_[b]) partial_[b * n_ + p.id] += p.r;
             positive_[b] = {};
         }
-        largest_ = largest_magnitude(matrix_, n_, n_, "similarities");
         own_.resize(n_);
-        words_ = (n_ + 31) / 32;
-        with_own_ = Buffer<uint32_t>(memory_, checked_product(n_, words_), 0u);
+        near_.resize(n_);
         screen_ = Buffer<float>(memory_, n_);
-        scratch_screen_ = Buffer<float>(memory_, blocks_ * n_);
-        scratch_maxima_ = Buffer<float>(memory_, blocks_ * stretches());
-        scratch_found_ = Buffer<uint32_t>(memory_, blocks_ * n_);
         excess_ = Buffer<float>(memory_, n_);
         const double next_weight = options_.damping * weight_ + 1 - options_.damping;
         team_.run(blocks_, [&](size_t b) {
             const double weight = waiting_[b].empty() ? next_weight : weight_;
             for (size_t i = b * n_ / blocks_; i < (b + 1) * n_ / blocks_; ++i) {
+                near_[i] = nearest(i);
                 Messages &own = messages_[i];
-                for (size_t j = 0; j < own.used; ++j) {
+                for (uint32_t j = 0; j < own.used; ++j) {
                     const Entry e{own.r[j], own.a[j], lists_[i].s[j], lists_[i].id[j]};
                     const bool implied = same(e.r, weight * e.s - level_[i], e.s);
                     if (implied && same(e.a, column_[e.id], e.s)) continue;
                     if (implied) own_[i].lagging.add(memory_, e.id, e.s, e.a);
                     else own_[i].entries.push_back(e);
-                    set_bit(&with_own_[i * words_], e.id);
+                    if (j < near_[i].length) own_[i].listed |= uint64_t{1} << j;
                 }
                 own = Messages();
-                set_bit(&with_own_[i * words_], static_cast<uint32_t>(i));
             }
         });
         packed_.clear();
         prepare_columns();
     }
 
-    static bool bit(const uint32_t *bits, uint32_t k) { return bits[k / 32] >> (k % 32) & 1; }
-    static void set_bit(uint32_t *bits, uint32_t k) { bits[k / 32] |= 1u << (k % 32); }
-    static void clear_bit(uint32_t *bits, uint32_t k) { bits[k / 32] &= ~(1u << (k % 32)); }
+    // The first neighbours of row i.
+    Row nearest(size_t i) const {
+        Row row = lists_[i];
+        if (row.length > FIRST_LENGTH) row.length = FIRST_LENGTH, row.bound = row.s[FIRST_LENGTH];
+        return row;
+    }
+
+    // The bit in Own::listed of row i's pair with k; 0 if k is none of its first neighbours.
+    uint64_t listed_bit(size_t i, uint32_t k) const {
+        const Row &row = near_[i];
+        const auto j = std::find(row.id, row.id + row.length, k) - row.id;
+        return j < row.length ? uint64_t{1} << j : 0;
+    }
 
     // Is this message what a pair without one of its own has, but for rounding?
     static bool same(double own, double implied, float s) { return std::fabs(own - implied) <= 1e-13 * (std::fabs(implied) + std::fabs(s)); }
@@ -828,48 +925,68 @@ private:
             // A little smaller than it is, so that rounding hides no responsibility above it.
             excess_[k] = -static_cast<float>(std::min(std::max(column_sum_[k], 0.0), 3e38) * (1 - std::ldexp(1, -20)));
         }
-        screen_error_ = std::ldexp(largest_ + largest, -21);
+        screen_error_ = std::ldexp(pairs_->largest + largest, -21);
         active_.resize(n_);
         std::iota(active_.begin(), active_.end(), 0u);
         const auto higher = [this](uint32_t a, uint32_t b) { return column_[a] != column_[b] ? column_[a] > column_[b] : a < b; };
-        if (n_ > ACTIVE) {
-            std::nth_element(active_.begin(), active_.begin() + ACTIVE, active_.end(), higher);
-            rest_ = column_[active_[ACTIVE]];
-            active_.resize(ACTIVE);
-        } else {
-            rest_ = -std::numeric_limits<double>::infinity();
-        }
+        const size_t count = n_ / ACTIVE_SHARE + 1;
+        std::nth_element(active_.begin(), active_.begin() + count, active_.end(), higher);
+        rest_ = column_[active_[count]];
+        active_.resize(count);
         std::sort(active_.begin(), active_.end(), higher);
+        highest_ = column_[active_[0]];
+        // Reading them one by one takes about as long as the whole row: not where most rows would need both, as in the last iteration.
+        tried_ = undecided_ > decided_ ? 0 : active_.size();
+        decided_ = undecided_ = 0;
     }
+
+    // What the rows of a block use one after the other.
+    struct Scratch {
+        Buffer<float> screen, excess, maxima;
+        Buffer<uint32_t> found;
+        Pairs::Strip strip;
+        double *column_sum;
+        size_t decided = 0, undecided = 0;  // rows for which the columns in `active_` suffice, and for which they do not
+    };
 
     // One iteration of the block's rows; with `all` = false the availabilities have been updated already.
     void matrix_block(size_t b, bool all) {
-        float *screen = &scratch_screen_[b * n_];
-        std::copy_n(screen_.data(), n_, screen);
-        for (size_t i = b * n_ / blocks_; i < (b + 1) * n_ / blocks_; ++i)
-            matrix_row(i, screen, &scratch_maxima_[b * stretches()], &scratch_found_[b * n_], &partial_[b * n_], all);
-    }
-    size_t stretches() const { return (n_ + STRETCH - 1) / STRETCH; }
-
-    void matrix_row(size_t i, float *screen, float *maxima, uint32_t *found, double *column_sum, bool all) {
-        const double damping = options_.damping, gain = 1 - damping, weight = weight_, level = level_[i];
-        const float *s = matrix_ + i * n_;
-        Row row = lists_[i];
-        if (FIRST_LENGTH < row.length) {
-            row.length = FIRST_LENGTH;
-            row.bound = row.s[row.length];
+        Scratch scratch{{memory_, n_}, {memory_, n_}, {memory_, (n_ + STRETCH - 1) / STRETCH}, {memory_, n_}, {}, &partial_[b * n_], 0, 0};
+        std::copy_n(screen_.data(), n_, scratch.screen.data());
+        std::copy_n(excess_.data(), n_, scratch.excess.data());
+        const size_t last = (b + 1) * n_ / blocks_;
+        for (size_t i = b * n_ / blocks_; i < last; ++i) {
+            // What rows point to lies anywhere, and waiting for it would take longer than all else.
+            const size_t ahead = std::min(i + 4, last - 1);
+            for (const void *place : {static_cast<const void *>(own_[ahead].entries.data()), static_cast<const void *>(own_[ahead].lagging.a),
+                                      static_cast<const void *>(own_[ahead].lagging.s), static_cast<const void *>(own_[ahead].lagging.id),
+                                      static_cast<const void *>(near_[ahead].s), static_cast<const void *>(near_[ahead].id)}) {
+                __builtin_prefetch(place);
+                __builtin_prefetch(static_cast<const char *>(place) + 64);
+            }
+            matrix_row(i, scratch, all);
         }
-        std::vector<Entry> &entries = own_[i].entries;
-        Lagging &lagging = own_[i].lagging;
-        uint32_t *bits = &with_own_[i * words_];
+        decided_ += scratch.decided;
+        undecided_ += scratch.undecided;
+    }
+
+    void matrix_row(size_t i, Scratch &scratch, bool all) {
+        const double damping = options_.damping, gain = 1 - damping, weight = weight_, level = level_[i];
+        const auto s = [&](size_t k) { return (*pairs_)(i, k); };
+        const auto whole = [&] { return pairs_->row(i, scratch.strip, *kernels_, memory_); };
+        const Row row = near_[i];
+        Own &own = own_[i];
+        std::vector<Entry> &entries = own.entries;
+        Lagging &lagging = own.lagging;
+        const uint64_t listed = row.length ? ~uint64_t{0} >> (64 - row.length) : 0;
 
         // Availabilities. Pairs whose messages have become as implied need none of their own any more.
         if (all) {
-            kernels_->update_availabilities(lagging.id.data(), lagging.s.data(), nullptr, lagging.a.data(), lagging.used, column_sum_.data(), weight, level, damping);
+            kernels_->update_availabilities(lagging.id, lagging.s, nullptr, lagging.a, lagging.used, column_sum_.data(), weight, level, damping);
             if (cleaning_) {
                 uint32_t left = 0;
                 for (uint32_t j = 0; j < lagging.used; ++j) {
-                    if (same(lagging.a[j], column_[lagging.id[j]], lagging.s[j])) clear_bit(bits, lagging.id[j]);
+                    if (same(lagging.a[j], column_[lagging.id[j]], lagging.s[j])) own.listed &= ~listed_bit(i, lagging.id[j]);
                     else lagging.move(j, left++);
                 }
                 lagging.used = left;
@@ -879,65 +996,79 @@ private:
                 e.a = damping * e.a + gain * std::min(0.0, column_sum_[e.id] - std::max(e.r, 0.0));
                 if (!same(e.r, weight * e.s - level, e.s)) entries[kept++] = e;
                 else if (!same(e.a, column_[e.id], e.s)) lagging.add(memory_, e.id, e.s, e.a);
-                else clear_bit(bits, e.id);
+                else own.listed &= ~listed_bit(i, e.id);
             }
             entries.resize(kept);
             // New: pairs whose own responsibility now matters to their availability, r > max(0, column sum).
             const auto consider = [&](uint32_t k, float similarity) {
                 const double r = weight * similarity - level, sum = column_sum_[k];
-                if (r <= std::max(0.0, sum)) return;
+                if (r <= std::max(0.0, sum)) return false;
                 lagging.add(memory_, k, similarity, column_[k] + gain * (std::min(0.0, sum - r) - std::min(0.0, sum)));
-                set_bit(bits, k);
+                return true;
             };
             if (weight * row.bound - level > 0) {
-                const double limit = level - std::ldexp(largest_ + std::fabs(level), -21);
-                const size_t count = kernels_->find_above(s, excess_.data(), bits, n_, static_cast<float>(weight), static_cast<float>(limit), found);
-                for (size_t q = 0; q < count; ++q) consider(found[q], s[found[q]]);
-            } else {
-                for (size_t j = 0; j < row.length && weight * row.s[j] - level > 0; ++j)
-                    if (!bit(bits, row.id[j])) consider(row.id[j], row.s[j]);
+                const double limit = level - std::ldexp(pairs_->largest + std::fabs(level), -21);
+                hide(i, scratch.excess.data());
+                for (size_t j = 0; j < row.length; ++j) scratch.excess[row.id[j]] = -std::numeric_limits<float>::infinity();
+                const float *all_s = whole();
+                const size_t count = kernels_->find_above(all_s, scratch.excess.data(), n_, static_cast<float>(weight), static_cast<float>(limit), scratch.found.data());
+                for (size_t j = 0; j < row.length; ++j) scratch.excess[row.id[j]] = excess_[row.id[j]];
+                show(i, scratch.excess.data(), excess_.data());
+                for (size_t q = 0; q < count; ++q) consider(scratch.found[q], all_s[scratch.found[q]]);
+            }
+            for (uint64_t rest = listed & ~own.listed; rest; rest &= rest - 1) {
+                const int j = __builtin_ctzll(rest);
+                if (weight * row.s[j] - level <= 0) break;
+                if (consider(row.id[j], row.s[j])) own.listed |= uint64_t{1} << j;
             }
         }
 
-        // The two best values of a + s.
-        double best = a_self_[i] + p_[i], second = -std::numeric_limits<double>::infinity();
-        uint32_t arg = static_cast<uint32_t>(i);
-        const auto see = [&](double value, uint32_t k) {
-            if (value > best) second = best, best = value, arg = k;
-            else if (value > second) second = value;
-        };
-        for (const Entry &e : entries) see(e.s + e.a, e.id);
+        // The two best values of a + s: of the pairs with messages of their own, of the row's neighbours as far as they may matter, of the
+        // columns with the highest values, and of the whole row where that does not decide it.
+        Best best{a_self_[i] + p_[i], -std::numeric_limits<double>::infinity(), static_cast<uint32_t>(i)};
+        for (const Entry &e : entries) best.see(e.s + e.a, e.id);
         double pair[2] = {-std::numeric_limits<double>::infinity(), -std::numeric_limits<double>::infinity()};
-        kernels_->two_best(lagging.s.data(), lagging.a.data(), lagging.used, pair);
-        uint32_t at = 0;  // the best of those
-        if (pair[0] > best)
-            while (lagging.s[at] + lagging.a[at] != pair[0]) ++at;
-        see(pair[0], lagging.used ? lagging.id[at] : 0);
-        see(pair[1], 0);  // never the best
-        size_t listed = 0;
-        for (; listed < row.length && row.s[listed] > second; ++listed)
-            if (!bit(bits, row.id[listed])) see(row.s[listed] + column_[row.id[listed]], row.id[listed]);
-        if (row.bound > second) scan_on(i, row, screen, maxima, found, &second, see);
+        kernels_->two_best(lagging.s, lagging.a, lagging.used, pair);
+        uint32_t at = lagging.used;  // the best of those, if it is the best of all
+        if (pair[0] > best.value)
+            for (at = 0; lagging.s[at] + lagging.a[at] != pair[0];) ++at;
+        best.see(pair[0], at < lagging.used ? lagging.id[at] : 0);
+        best.see(pair[1], 0);  // never the best
+        const Best of_own = best;
+        for (uint64_t rest = listed & ~own.listed; rest; rest &= rest - 1) {
+            const int j = __builtin_ctzll(rest);
+            if (row.s[j] + highest_ <= best.second) break;
+            best.see(row.s[j] + column_[row.id[j]], row.id[j]);
+        }
+        if (row.bound + highest_ > best.second) {
+            for (size_t tried = 0; tried < tried_ && row.bound + column_[active_[tried]] > best.second; ++tried) {
+                const uint32_t k = active_[tried];
+                if (const float value = s(k); value + column_[k] > best.second && k != i && !listed_bit(i, k) && !has(own, k)) best.see(value + column_[k], k);
+            }
+            if (row.bound + (tried_ ? rest_ : highest_) > best.second) best = scan_row(i, scratch, of_own, best.second);
+            (row.bound + rest_ > best.second ? scratch.undecided : scratch.decided) += 1;
+        }
 
         // From here on the best pair has an r of its own.
-        if (arg != i && !(at < lagging.used && lagging.id[at] == arg) && !bit(bits, arg)) {
-            entries.push_back({weight * s[arg] - level, column_[arg], s[arg], arg});
-            set_bit(bits, arg);
-        } else if (at < lagging.used && lagging.id[at] == arg) {
-            entries.push_back({weight * lagging.s[at] - level, lagging.a[at], lagging.s[at], arg});
+        if (best.id != of_own.id) {
+            entries.push_back({weight * s(best.id) - level, column_[best.id], s(best.id), best.id});
+            own.listed |= listed_bit(i, best.id);
+        } else if (at < lagging.used) {
+            entries.push_back({weight * lagging.s[at] - level, lagging.a[at], lagging.s[at], best.id});
             lagging.move(--lagging.used, at);
         }
 
         // Responsibilities, and the columns' sums of the positive ones. Those of entries and the diagonal are taken out again.
-        r_self_[i] = damping * r_self_[i] + gain * (p_[i] - (arg == i ? second : best));
-        const double next_weight = damping * weight + gain, next_level = damping * level + gain * best;
+        r_self_[i] = damping * r_self_[i] + gain * (p_[i] - (best.id == i ? best.second : best.value));
+        const double next_weight = damping * weight + gain, next_level = damping * level + gain * best.value;
+        double *column_sum = scratch.column_sum;
         const double self_sum = column_sum[i];
         for (Entry &e : entries) {
-            e.r = damping * e.r + gain * (e.s - (e.id == arg ? second : best));
+            e.r = damping * e.r + gain * (e.s - (e.id == best.id ? best.second : best.value));
             e.sum = column_sum[e.id];
         }
         if (next_weight * row.bound - next_level > 0) {
-            kernels_->add_positive(s, n_, next_weight, next_level, column_sum);
+            kernels_->add_positive(whole(), n_, next_weight, next_level, column_sum);
         } else {
             for (size_t j = 0; j < row.length; ++j) {
                 const double r = next_weight * row.s[j] - next_level;
@@ -950,52 +1081,48 @@ private:
         level_[i] = next_level;
     }
 
-    // Go on with the scan of row i behind its list: the columns with the highest values, then all.
-    template <class See>
-    void scan_on(size_t i, const Row &row, float *screen, float *maxima, uint32_t *found, const double *second, const See &see) {
-        const float *s = matrix_ + i * n_;
-        uint32_t *bits = &with_own_[i * words_];
-        size_t marked = 0;  // in `bits` for now, as seen
-        const auto mark = [&](uint32_t k) {
-            set_bit(bits, k);
-            found[marked++] = k;
-        };
-        for (size_t j = 0; j < row.length; ++j)
-            if (!bit(bits, row.id[j])) mark(row.id[j]);
-        size_t tried = 0;
-        for (; tried < active_.size() && row.bound + column_[active_[tried]] > *second; ++tried) {
-            const uint32_t k = active_[tried];
-            if (bit(bits, k)) continue;
-            see(s[k] + column_[k], k);
-            mark(k);
+    static bool has(const Own &own, uint32_t k) {
+        for (const Entry &e : own.entries)
+            if (e.id == k) return true;
+        return std::find(own.lagging.id, own.lagging.id + own.lagging.used, k) != own.lagging.id + own.lagging.used;
+    }
+
+    // Take row i's pairs with messages of their own, and the diagonal, out of a screen; put them back.
+    void hide(size_t i, float *screen) const {
+        screen[i] = -std::numeric_limits<float>::infinity();
+        for (const Entry &e : own_[i].entries) screen[e.id] = -std::numeric_limits<float>::infinity();
+        for (size_t j = 0; j < own_[i].lagging.used; ++j) screen[own_[i].lagging.id[j]] = -std::numeric_limits<float>::infinity();
+    }
+    void show(size_t i, float *screen, const float *whole) const {
+        screen[i] = whole[i];
+        for (const Entry &e : own_[i].entries) screen[e.id] = whole[e.id];
+        for (size_t j = 0; j < own_[i].lagging.used; ++j) screen[own_[i].lagging.id[j]] = whole[own_[i].lagging.id[j]];
+    }
+
+    // `best`, of the pairs with messages of their own, and all others of row i; two of them at least are worth `known`.
+    Best scan_row(size_t i, Scratch &scratch, Best best, double known) const {
+        const float *s = pairs_->row(i, scratch.strip, *kernels_, memory_);
+        float *screen = scratch.screen.data(), *maxima = scratch.maxima.data();
+        hide(i, screen);
+        kernels_->stretch_maxima(s, screen, n_, maxima);
+        float top = -std::numeric_limits<float>::infinity(), next = top;
+        for (size_t first = 0; first < n_; first += STRETCH) {
+            const float value = maxima[first / STRETCH];
+            next = std::max(next, std::min(top, value));
+            top = std::max(top, value);
         }
-        if (tried == active_.size() && row.bound + rest_ > *second) {
-            const auto for_marked = [&](auto body) {
-                for (size_t w = 0; w < words_; ++w)
-                    for (uint32_t word = bits[w]; word; word &= word - 1) body(w * 32 + static_cast<size_t>(__builtin_ctz(word)));
-            };
-            for_marked([&](size_t k) { screen[k] = -std::numeric_limits<float>::infinity(); });
-            kernels_->stretch_maxima(s, screen, n_, maxima);
-            float top = -std::numeric_limits<float>::infinity(), next = top;
-            for (size_t first = 0; first < n_; first += STRETCH) {
-                const float value = maxima[first / STRETCH];
-                next = std::max(next, std::min(top, value));
-                top = std::max(top, value);
+        // Two pairs at least have a true value of `next` - error.
+        const double limit = std::max(known, next - screen_error_) - screen_error_;
+        for (size_t first = 0; first < n_; first += STRETCH) {
+            if (maxima[first / STRETCH] < limit) continue;
+            const size_t count = kernels_->find_above(s + first, screen + first, std::min(STRETCH, n_ - first), 1.0f, static_cast<float>(limit), scratch.found.data());
+            for (size_t q = 0; q < count; ++q) {
+                const size_t k = first + scratch.found[q];
+                best.see(s[k] + column_[k], static_cast<uint32_t>(k));
             }
-            // Two pairs at least have a true value of `next` - error.
-            const double limit = std::max(*second, next - screen_error_) - screen_error_;
-            for (size_t first = 0; first < n_; first += STRETCH) {
-                if (maxima[first / STRETCH] < limit) continue;
-                const size_t count = kernels_->find_above(s + first, screen + first, bits + first / 32, std::min(STRETCH, n_ - first), 1.0f,
-                                                          static_cast<float>(limit), found + marked);
-                for (size_t q = 0; q < count; ++q) {
-                    const size_t k = first + found[marked + q];
-                    see(s[k] + column_[k], static_cast<uint32_t>(k));
-                }
-            }
-            for_marked([&](size_t k) { screen[k] = screen_[k]; });
         }
-        for (size_t q = 0; q < marked; ++q) clear_bit(bits, found[q]);
+        show(i, screen, screen_.data());
+        return best;
     }
 
     // The columns' sums of positive responsibilities. Each thread adds up a range of the columns, all in the order of the rows.
@@ -1015,13 +1142,13 @@ private:
     bool availabilities() {
         const double damping = options_.damping, gain = 1 - damping;
         const size_t chunks = (n_ + 4095) / 4096;
-        if (!matrix_) sum_positive();
+        if (!pairs_) sum_positive();
         std::vector<size_t> count(chunks, 0);
         std::vector<uint8_t> changing(chunks, 0);
         team_.run(chunks, [&](size_t c) {
             for (size_t k = c * 4096; k < std::min(n_, (c + 1) * 4096); ++k) {
-                double sum = matrix_ ? 0 : column_sum_[k];
-                for (size_t b = 0; matrix_ && b < blocks_; ++b) {
+                double sum = pairs_ ? 0 : column_sum_[k];
+                for (size_t b = 0; pairs_ && b < blocks_; ++b) {
                     sum += partial_[b * n_ + k];
                     partial_[b * n_ + k] = 0;
                 }
@@ -1037,7 +1164,7 @@ private:
         });
         exemplar_count_ = std::accumulate(count.begin(), count.end(), size_t{0});
         weight_ = damping * weight_ + gain;
-        if (matrix_) prepare_columns();
+        if (pairs_) prepare_columns();
         return std::find(changing.begin(), changing.end(), 1) != changing.end();
     }
 
@@ -1130,14 +1257,14 @@ private:
     double weight_ = 0;
     size_t exemplar_count_ = 0;
     // After use_matrix.
-    const float *matrix_ = nullptr;
+    const Pairs *pairs_ = nullptr;
     Buffer<double> partial_;  // per block: its part of the column sums
-    double largest_ = 0, screen_error_ = 0, rest_ = 0;  // rest_: no column outside `active_` is worth more
+    double screen_error_ = 0;
+    double highest_ = 0, rest_ = 0;  // no column is worth more, none outside `active_`
     std::vector<Own> own_;
-    Buffer<float> scratch_screen_, scratch_maxima_;  // per block
-    Buffer<uint32_t> scratch_found_;
-    Buffer<uint32_t> with_own_;  // n bits for each row: the pairs in own_, and the diagonal
-    size_t words_ = 0;
+    std::vector<Row> near_;
+    std::atomic<size_t> decided_{0}, undecided_{0};  // rows of this iteration, see Scratch
+    size_t tried_ = 0;  // so many of `active_` are tried before a whole row is read
     bool cleaning_ = false;      // in this iteration, look for lagging pairs that no longer are
     Buffer<float> screen_, excess_;
     std::vector<uint32_t> active_;
@@ -1351,12 +1478,12 @@ extern "C" eimf_status eimf_affinity_propagation_precomputed(const float *s, siz
         check_options(options, n, preference, n_preference);
         checked_product(checked_product(n, n), sizeof(float));
         if (!s) fail(EIMF_ERROR_ARGUMENT, "similarities are NULL");
-        largest_magnitude(s, n, n, "similarities");
+        const double largest = largest_magnitude(s, n, n, "similarities");
         *result = {};
         Memory memory(options.allocator, options.memory_limit);
         const std::vector<double> all = expand(preference, n_preference, n);
         Team team(options.n_threads);
-        const Matrix matrix(s, n);
+        const Matrix matrix(s, n, largest);
         Lists lists(matrix, memory);
         Engine engine(matrix, lists, all.data(), options, kernels_for(options), team, memory);
         write_result(engine.run(result), memory, exemplars, labels, result);

@@ -17,6 +17,10 @@
 #include <thread>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "eimf.h"
 
 namespace eimf {
@@ -84,6 +88,12 @@ public:
             held_ -= bytes;
             fail(EIMF_ERROR_MEMORY, "could not allocate %zu bytes (%zu held already)", bytes, held_.load());
         }
+#if defined(__linux__)
+        // Large pages, as NumPy asks for: fewer faults, and fewer misses of the address cache. A hint, so failure does not matter.
+        constexpr uintptr_t page = 4096;
+        const uintptr_t first = (reinterpret_cast<uintptr_t>(memory) + page - 1) / page * page;
+        if (bytes >= size_t{4} << 20) madvise(reinterpret_cast<void *>(first), bytes - page, MADV_HUGEPAGE);
+#endif
         for (size_t seen = peak_; seen < now && !peak_.compare_exchange_weak(seen, now);) {}
         return memory;
     }

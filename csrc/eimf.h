@@ -75,10 +75,10 @@ const char *eimf_kernel_name(eimf_kernel kernel);
  * neighbours by falling similarity; a scan for the row's two best values stops where s(i,k) falls to the second best. Where a
  * list proves too short it grows. Time per iteration is O(n x scanned neighbours), some 15 to 100 at usual preferences. At
  * low ones, where lists would hold more than a sixteenth of all pairs (or where lists of 64 do not do and the matrix takes no
- * more than 128 MiB), the similarities are kept as a float32 n x n array (none if precomputed) plus n^2 / 8 bytes and what the
- * pairs need whose messages are not implied by their row's and column's: few, but some hundred for each row where only a handful
- * of clusters form. An iteration then reads at most those and the array once. memory_limit can forbid that; lists then go on
- * growing. All messages are float64 in either form.
+ * more than 128 MiB), all similarities are kept in float32: none more if precomputed, n^2 of few points, n^2 / 2 of points that
+ * would take more than those 128 MiB, as theirs are symmetric; and what the pairs need whose messages are not implied by their
+ * row's and column's: few, but some hundred for each row where only a handful of clusters form. An iteration then reads at most
+ * those and every row once. memory_limit can forbid that; lists then go on growing. All messages are float64 in either form.
  *
  * Ties: equal points are merged first (one point with a weight; exact, since equal points share an exemplar unless their
  * preference is positive). Other ties are decided by lowering the preference of point k by an amount that depends on k only,

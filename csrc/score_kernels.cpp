@@ -25,6 +25,7 @@
 namespace eimf {
 
 namespace scalar {
+#define NAME "scalar"
 #define VEC float
 #define LANES 1
 #define ROWS 4
@@ -76,6 +77,7 @@ static inline void transpose8(const float *const *rows, size_t t, float *panel, 
 EIMF_TARGET_END
 
 namespace avx2 {
+#define NAME "avx2"
 EIMF_TARGET_BEGIN("avx2,fma,popcnt")
 #define VEC __m256
 #define LANES 8
@@ -109,6 +111,7 @@ EIMF_TARGET_END
 }  // namespace avx2
 
 namespace avx512 {
+#define NAME "avx512"
 EIMF_TARGET_BEGIN("avx512f,avx2,fma,popcnt")
 #define VEC __m512
 #define LANES 16
@@ -142,6 +145,7 @@ EIMF_TARGET_END
 
 #if EIMF_ARM
 namespace neon {
+#define NAME "neon"
 static inline unsigned greater_mask(float32x4_t x, float32x4_t y) {
     const uint32x4_t bits = {1, 2, 4, 8};
     return vaddvq_u32(vandq_u32(vcgtq_f32(x, y), bits));
@@ -161,18 +165,12 @@ static inline unsigned greater_mask(float32x4_t x, float32x4_t y) {
 #endif
 
 const ScoreKernels *score_kernels(eimf_kernel kernel) {
-    static const ScoreKernels scalar_version{"scalar", scalar::WIDTH, 4, scalar::tile_best, scalar::tile, scalar::best, nullptr, nullptr, {}, scalar::count_above, scalar::range, scalar::stretch_maxima, scalar::find_above,
-                                              scalar::update_availabilities, scalar::update_responsibilities, scalar::two_best, scalar::add_positive, scalar::squared_distance, scalar::pack, scalar::COLUMNS, scalar::product, scalar::exponentials};
 #if EIMF_X86
-    static const ScoreKernels avx2_version{"avx2", avx2::WIDTH, 4, avx2::tile_best, avx2::tile, avx2::best, nullptr, nullptr, {}, avx2::count_above, avx2::range, avx2::stretch_maxima, avx2::find_above,
-                                              avx2::update_availabilities, avx2::update_responsibilities, avx2::two_best, avx2::add_positive, avx2::squared_distance, avx2::pack, avx2::COLUMNS, avx2::product, avx2::exponentials};
     __builtin_cpu_init();
     const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool has_avx512 = __builtin_cpu_supports("avx512f"), has_vnni = has_avx512 && __builtin_cpu_supports("avx512vnni");
-    static const ScoreKernels avx512_version{"avx512", avx512::WIDTH, 8, avx512::tile_best, avx512::tile, avx512::best, nullptr, nullptr, {}, avx512::count_above, avx512::range, avx512::stretch_maxima, avx512::find_above,
-                                              avx512::update_availabilities, avx512::update_responsibilities, avx512::two_best, avx512::add_positive, avx512::squared_distance, avx512::pack, avx512::COLUMNS, avx512::product, avx512::exponentials};
     static const ScoreKernels vnni_version = [] {
-        ScoreKernels version = avx512_version;
+        ScoreKernels version = avx512::VERSION;
         version.name = "avx512vnni";
         version.quantized_hits = avx512::quantized_hits;
         version.quantize = avx512::quantize;
@@ -180,7 +178,7 @@ const ScoreKernels *score_kernels(eimf_kernel kernel) {
         return version;
     }();
     static const ScoreKernels avx2_int8_version = [] {
-        ScoreKernels version = avx2_version;
+        ScoreKernels version = avx2::VERSION;
         version.name = "avx2int8";
         version.quantized_hits = avx2::quantized_hits;
         version.quantize = avx2::quantize;
@@ -188,16 +186,14 @@ const ScoreKernels *score_kernels(eimf_kernel kernel) {
         return version;
     }();
     if (kernel == EIMF_KERNEL_AVX512_VNNI || (kernel == EIMF_KERNEL_AUTO && has_vnni)) return has_vnni ? &vnni_version : nullptr;
-    if (kernel == EIMF_KERNEL_AVX512 || (kernel == EIMF_KERNEL_AUTO && has_avx512)) return has_avx512 ? &avx512_version : nullptr;
+    if (kernel == EIMF_KERNEL_AVX512 || (kernel == EIMF_KERNEL_AUTO && has_avx512)) return has_avx512 ? &avx512::VERSION : nullptr;
     if (kernel == EIMF_KERNEL_AVX2_INT8 || (kernel == EIMF_KERNEL_AUTO && has_avx2)) return has_avx2 ? &avx2_int8_version : nullptr;
-    if (kernel == EIMF_KERNEL_AVX2) return has_avx2 ? &avx2_version : nullptr;
+    if (kernel == EIMF_KERNEL_AVX2) return has_avx2 ? &avx2::VERSION : nullptr;
 #endif
 #if EIMF_ARM
-    static const ScoreKernels neon_version{"neon", neon::WIDTH, 8, neon::tile_best, neon::tile, neon::best, nullptr, nullptr, {}, neon::count_above, neon::range, neon::stretch_maxima, neon::find_above,
-                                              neon::update_availabilities, neon::update_responsibilities, neon::two_best, neon::add_positive, neon::squared_distance, neon::pack, neon::COLUMNS, neon::product, neon::exponentials};
-    if (kernel == EIMF_KERNEL_AUTO || kernel == EIMF_KERNEL_NEON) return &neon_version;
+    if (kernel == EIMF_KERNEL_AUTO || kernel == EIMF_KERNEL_NEON) return &neon::VERSION;
 #endif
-    return kernel == EIMF_KERNEL_AUTO || kernel == EIMF_KERNEL_SCALAR ? &scalar_version : nullptr;
+    return kernel == EIMF_KERNEL_AUTO || kernel == EIMF_KERNEL_SCALAR ? &scalar::VERSION : nullptr;
 }
 
 }  // namespace eimf

@@ -8,7 +8,7 @@
 
 namespace eimf {
 
-constexpr size_t STRETCH = 512;
+constexpr size_t STRETCH = 512, TILE = 16;
 
 struct ScoreKernels {
     const char *name;
@@ -75,8 +75,8 @@ struct ScoreKernels {
     // maxima[b] = the largest s[k] + column[k] of stretch b, k in [b * STRETCH, (b + 1) * STRETCH).
     void (*stretch_maxima)(const float *s, const float *column, size_t n, float *maxima);
 
-    // found = all k with weight * s[k] + column[k] > limit whose bit in `skip` is not set, ascending. Returns how many.
-    size_t (*find_above)(const float *s, const float *column, const uint32_t *skip, size_t n, float weight, float limit, uint32_t *found);
+    // found = all k with weight * s[k] + column[k] > limit, ascending. Returns how many.
+    size_t (*find_above)(const float *s, const float *column, size_t n, float weight, float limit, uint32_t *found);
 
     // a[j] = damping * a[j] + (1 - damping) * min(0, column_sum[id[j]] - max(0, r[j])), where r[j] = weight * s[j] - level if r is nullptr.
     void (*update_availabilities)(const uint32_t *id, const float *s, const double *r, double *a, size_t n, const double *column_sum, double weight,
@@ -97,6 +97,9 @@ struct ScoreKernels {
     // panel[t * width + j] = items[j][t] for all j < width. Returns the largest magnitude's bits: 0x7f800000 or more if a
     // value is not finite.
     int32_t (*pack)(const float *const *items, size_t d, float *panel);
+
+    // to[r * stride + k] = tile[k * TILE + r] for all k, r < TILE.
+    void (*transpose)(const float *tile, float *to, size_t stride);
 
     // The softmax loss multiplies with these. A factor of theirs (count, columns) is given in panels: panels[j * count + k * columns_per_panel + v]
     // is its value in row k and column j + v, j a multiple of columns_per_panel; the last panel is padded.

@@ -414,8 +414,8 @@ constexpr size_t BLOCK_PANELS = 5, MOST_WIDTH = 48;
 size_t pairs_capacity(size_t wanted) { return 2 * wanted + 4 * MOST_WIDTH; }
 
 // Let a row see items [first, first + count) with these products.
-void absorb(const AllPairs &p, Candidates &mine, size_t capacity, const float *products, size_t first, size_t count, const uint32_t *none, uint32_t *found) {
-    const size_t above = p.kernels->find_above(products, p.bias + first, none, count, 1.0f, mine.threshold, found);
+void absorb(const AllPairs &p, Candidates &mine, size_t capacity, const float *products, size_t first, size_t count, uint32_t *found) {
+    const size_t above = p.kernels->find_above(products, p.bias + first, count, 1.0f, mine.threshold, found);
     for (size_t q = 0; q < above; ++q) {
         const float score = products[found[q]] + p.bias[first + found[q]];
         if (!(score > mine.threshold)) continue;
@@ -437,8 +437,8 @@ void nearest_of_all(const AllPairs &given, Team &team, Memory &memory) {
     p.wanted = std::min(p.wanted, p.n);
     const ScoreKernels &kernels = *p.kernels;
     const size_t n = p.n, d = p.d, width = kernels.width, block = BLOCK_PANELS * width, capacity = pairs_capacity(p.wanted);
-    Buffer<float> scores(memory, checked_product(n, capacity)), panels(memory, block * d), own(memory, p.products ? 0 : checked_product(block, n));
-    Buffer<uint32_t> ids(memory, checked_product(n, capacity)), none(memory, block / 32 + 2, 0u);
+    Buffer<float> scores(memory, checked_product(n, capacity)), panels(memory, block * d), strip(memory, checked_product(block, n));
+    Buffer<uint32_t> ids(memory, checked_product(n, capacity));
     Buffer<Candidates> candidates(memory, n);
     for (size_t i = 0; i < n; ++i) candidates[i] = {&scores[i * capacity], &ids[i * capacity], 0, -std::numeric_limits<float>::infinity()};
     const float zero[64] = {};
@@ -446,7 +446,6 @@ void nearest_of_all(const AllPairs &given, Team &team, Memory &memory) {
     // Each row must see the items by rising id. So at block J, first all earlier rows see J's, then J's rows see the earlier ones, then J's.
     for (size_t j0 = 0; j0 < n; j0 += block) {
         const size_t here = std::min(block, n - j0);
-        float *const strip = p.products ? p.products + j0 * n : own.data();  // J's rows, n apart
         for (size_t j = 0; j < here; j += width) {
             const float *item[64];
             for (size_t v = 0; v < width; ++v) item[v] = p.x + std::min(j0 + j + v, n - 1) * d;
@@ -469,8 +468,8 @@ void nearest_of_all(const AllPairs &given, Team &team, Memory &memory) {
                 for (size_t j = 0; j < here; ++j)
                     for (size_t r = 0; r < count; ++r) strip[j * n + i + r] = part[r * block + j];
                 for (size_t r = 0; r < count; ++r) {
-                    absorb(p, candidates[i + r], capacity, &part[r * block], j0, here, none.data(), found.data());
-                    if (p.products) std::copy_n(&part[r * block], here, p.products + (i + r) * n + j0);
+                    absorb(p, candidates[i + r], capacity, &part[r * block], j0, here, found.data());
+                    if (p.products) p.products(i + r, j0, here, &part[r * block]);
                 }
             }
         });
@@ -481,9 +480,11 @@ void nearest_of_all(const AllPairs &given, Team &team, Memory &memory) {
             multiply(j0 + first, count, part.data());
             for (size_t r = 0; r < count; ++r) {
                 Candidates &mine = candidates[j0 + first + r];
-                for (size_t i = 0; i < j0; i += block) absorb(p, mine, capacity, strip + (first + r) * n + i, i, block, none.data(), found.data());
-                absorb(p, mine, capacity, &part[r * block], j0, here, none.data(), found.data());
-                if (p.products) std::copy_n(&part[r * block], here, p.products + (j0 + first + r) * n + j0);
+                for (size_t i = 0; i < j0; i += block) absorb(p, mine, capacity, &strip[(first + r) * n + i], i, block, found.data());
+                absorb(p, mine, capacity, &part[r * block], j0, here, found.data());
+                if (!p.products) continue;
+                p.products(j0 + first + r, 0, j0, &strip[(first + r) * n]);
+                p.products(j0 + first + r, j0, here, &part[r * block]);
             }
         });
     }

@@ -72,9 +72,12 @@ struct AllPairs {
     size_t n, d;
     const float *bias;  // (n)
     size_t wanted;
-    float *products;    // (n, n) to keep all inner products in, or nullptr
 
-    // The result for a row, best first; once per row, on worker threads. Its products are complete then.
+    // May be empty. A piece of a row of all inner products; each row's pieces come one after the other, on worker threads, all before the
+    // first result.
+    std::function<void(size_t row, size_t first, size_t count, const float *products)> products;
+
+    // The result for a row, best first; once per row, on worker threads.
     std::function<void(size_t row, const RankKey *keys, size_t count)> result;
 };
 void nearest_of_all(const AllPairs &problem, Team &team, Memory &memory);

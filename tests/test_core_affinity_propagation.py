@@ -90,6 +90,25 @@ def test_lists_and_the_matrix_of_similarities_give_the_same(preference, damping)
     assert with_lists.n_iter == with_matrix.n_iter and with_lists.net_similarity == pytest.approx(with_matrix.net_similarity, rel=1e-9)
 
 
+def test_similarities_of_many_points_are_kept_by_halves():
+    """The same as from a whole matrix, which is given here with its rows weighted as repeated points are; the same bits for all thread counts."""
+    n, preference = 5801, -600.0
+    x = blobs(17, n, 6, centres=60)
+    weight = np.ones(n)
+    weight[[3, 40, 5800]] = 2, 3, 2
+    x64 = x.astype(float)
+    norms = (x64**2).sum(1)
+    s = weight[:, None] * np.minimum(0, 2 * x64 @ x64.T - norms[:, None] - norms)
+    given = eimf_core.affinity_propagation(s.astype(np.float32), preference, damping=0.8, precomputed=True)
+    repeated = np.repeat(np.arange(n), weight.astype(int) - 1)
+    runs = [eimf_core.affinity_propagation(np.vstack([x, x[repeated]]), preference, damping=0.8, n_threads=t) for t in (1, 7)]
+    assert given.converged and 1 < len(given.exemplars) < 60 and n * n * 2 < runs[0].peak_bytes < n * n * 3
+    np.testing.assert_array_equal(runs[0].exemplars, given.exemplars)
+    np.testing.assert_array_equal(runs[0].labels, np.concatenate([given.labels, given.labels[repeated]]))
+    assert runs[0].n_iter == given.n_iter and runs[0].net_similarity == pytest.approx(given.net_similarity, rel=1e-6)
+    assert_same_result(runs[1], runs[0])
+
+
 @pytest.mark.parametrize("preference", [-3000.0, -30000.0])
 def test_same_bits_for_all_thread_counts_with_the_matrix(preference):
     x = blobs(16, 1500, 12, centres=9)
