@@ -33,6 +33,9 @@ CORE = {
         "torch users/s": ("torch", ".0f"), "faiss users/s": ("faiss", ".0f"), "eimf, float products alone users/s": ("eimf, float products alone", ".0f"),
         "share of peak, float products alone": ("of these, share of peak", ".0%"),
         "one user, prepared, ms": ("one user alone, ms", ".2f"), "MiB per thread": ("extra MiB per thread", ".1f")}),
+    "softmax": ("Softmax loss over all items with its gradients, 128 users, D = 64, milliseconds", {
+        "items": ("items", "d"), "threads": ("threads", "d"), "eimf ms": ("eimf", ".3g"), "torch ms": ("torch cross_entropy", ".3g"), "ratio": ("ratio", ".1f"),
+        "share of peak": ("share of peak", ".0%")}),
     "hnsw": ("HNSW at a recall of at least .99 beside the exact kernel", {
         "items": ("items", "d"), "threads": ("threads", "d"), "ef": ("ef", "d"), "recall": ("recall", ".3f"), "hnsw users/s": ("HNSW users/s", ".0f"),
         "exact users/s": ("exact users/s", ".0f"), "hnsw, one user, ms": ("one user, HNSW ms", ".2f"), "exact, one user, ms": ("one user, exact ms", ".2f")}),
@@ -109,9 +112,9 @@ def render_offline(folder):
 def render_core(path):
     """The core's speed as Markdown, from csrc/bench's figures."""
     found, parts = json.loads(path.read_text(encoding="utf-8")), []
-    for name in [name for name in CORE if name in found]:
+    for name, measured in [(name, measured) for name in CORE for measured in found.get(name, {}).values()]:
         title, columns = CORE[name]
-        machine, rows = found[name]["machine"], found[name]["rows"]
+        machine, rows = measured["machine"], measured["rows"]
         cells = [[format(row[c], style) if row.get(c) is not None else "" for c, (_, style) in columns.items()] for row in rows]
         how = (f"{machine['cpu']}, {machine['kernel']}, {machine['clock']} clock, "
                f"medians of {machine['rounds']}, peak {machine['fma_gflops']:.0f} GFLOP/s and {machine['memory_gbs']:.0f} GB/s, "
@@ -154,22 +157,23 @@ def render_serving(path):
 
 
 def render_training(path):
-    """Training speed as Markdown, from the figures of tests/bench_training.py."""
-    found = json.loads(path.read_text(encoding="utf-8"))
-    peers = [{r["threads"]: r["steps_per_second"] for r in found["rates"] if r["what"].startswith("public") and r["what"].endswith(end)}
-             for end in ("never uses", "as shipped")]
-    rows = [[r["what"], str(r["threads"]), f"{r['steps_per_second']:.3g}", f"{r['spread'][0]:.3g} to {r['spread'][1]:.3g}",
-             *(f"{r['steps_per_second'] / peer[r['threads']]:.1f}" for peer in peers)] for r in found["rates"]]
-    best = ""
-    if run := found.get("to_best"):
-        best = (f"\n\n{run['what']}, on {run['threads']} threads: best validation (R@50 {run['recall@50']:.4f}) at step {run['best_iteration']:,} after "
-                f"{run['seconds_to_best']:.0f} s, stopped after {run['seconds_to_stop']:.0f} s; validations took {run['validation_seconds']:.0f} s of that.")
-    growth = ""
-    if grown := found.get("growth"):
-        grown = [[r["what"], str(r["threads"]), f"{r['steps_per_second']:.3g}"] for r in grown]
-        growth = "\n\n" + markdown_table([f"growth, medians of {found['growth_rounds']}", "threads", "steps per second"], grown)
-    return (markdown_table(["training step of 128 users, Beauty's shape", "threads", "steps per second", "spread", "to the public loop without what it never uses", "as shipped"], rows)
-            + f"\n\n{found['machine']}, torch {found['torch']}, medians of {found['rounds']} interleaved rounds.{best}{growth}")
+    """Training speed as Markdown, from the figures of tests/bench_training.py, one kind of processor after the other."""
+    found, parts = json.loads(path.read_text(encoding="utf-8")), []
+    for measured in found["rates"].values():
+        peers = [{r["threads"]: r["steps_per_second"] for r in measured["rows"] if r["what"].startswith("public") and r["what"].endswith(end)}
+                 for end in ("never uses", "as shipped")]
+        rows = [[r["what"], str(r["threads"]), f"{r['steps_per_second']:.3g}", f"{r['spread'][0]:.3g} to {r['spread'][1]:.3g}",
+                 *(f"{r['steps_per_second'] / peer[r['threads']]:.1f}" if peer else "" for peer in peers)] for r in measured["rows"]]
+        parts += [markdown_table(["training step of 128 users, Beauty's shape", "threads", "steps per second", "spread", "to the public loop without what it "
+                                  "never uses", "to it as shipped"], rows),
+                  f"{measured['machine']}, torch {measured['torch']}, medians of {measured['rounds']} interleaved rounds."]
+    for run in found.get("to_best", {}).values():
+        parts.append(f"{run['what']}, on {run['threads']} threads ({run['machine']}): best validation (R@50 {run['recall@50']:.4f}) at step {run['best_iteration']:,} after "
+                     f"{run['seconds_to_best']:.0f} s, stopped after {run['seconds_to_stop']:.0f} s; validations took {run['validation_seconds']:.0f} s of that.")
+    for grown in found.get("growth", {}).values():
+        rows = [[r["what"], str(r["threads"]), f"{r['steps_per_second']:.3g}"] for r in grown["rows"]]
+        parts.append(markdown_table([f"growth, medians of {grown['rounds']}, {grown['machine']}", "threads", "steps per second"], rows))
+    return "\n\n".join(parts)
 
 
 def replaced(text, begin, end, block):

@@ -23,6 +23,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import eimf_core
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -212,11 +213,17 @@ def main():
     parser.add_argument("--data-dir", type=Path, help="with --raw-dir: where stages 01 to 05 are kept, or already finished")
     args = parser.parse_args()
     path = ROOT / "data" / "results" / "training.json"
-    results = (load_json(path) if path.is_file() else {}) | {"machine": f"{machine()['cpu']}, {os.cpu_count()} cores", "torch": torch.__version__}
+    kernel = eimf_core.kernels()[-1]
+    here = {"machine": f"{machine()['cpu']}, {os.cpu_count()} cores, kernel {kernel}", "torch": torch.__version__}
+
+    def keep(what, found):  # by kind of processor
+        results = load_json(path) if path.is_file() else {}
+        save_json(path, results | {what: results.get(what, {}) | {kernel: here | found}})
+
     if args.raw_dir:
         with tempfile.TemporaryDirectory() as folder:
             found = time_to_best(args.raw_dir, args.data_dir or Path(folder))
-        save_json(path, results | {"to_best": found})
+        keep("to_best", found)
         return print(found)
     hard = ("--loss", "hard-negatives")
     measured = {}
@@ -247,7 +254,7 @@ def main():
     rows = [{"what": name, "threads": threads, "steps_per_second": round(statistics.median(rates), 1),
              "spread": [round(min(rates), 1), round(max(rates), 1)]} for (name, threads), rates in measured.items()]
     if not args.items:
-        save_json(path, results | ({"growth_rounds": args.rounds, "growth": rows} if args.grow else {"rounds": args.rounds, "rates": rows}))
+        keep("growth" if args.grow else "rates", {"rounds": args.rounds, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -126,16 +126,19 @@ def test_make_results_renders_the_servers_speed(make_results):
 
 
 def test_make_results_renders_the_training_speed(make_results):
-    rates = [{"what": "REMI", "threads": 1, "steps_per_second": 80.2, "spread": [79.0, 82.0]},
-             {"what": "plain PyTorch loop", "threads": 1, "steps_per_second": 20.0, "spread": [19.0, 21.0]}]
-    found = {"machine": "Some CPU, 2 cores", "torch": "2.13.0", "rounds": 3, "rates": rates}
+    rows = [{"what": "REMI", "threads": 1, "steps_per_second": 80.2, "spread": [79.0, 82.0]},
+            {"what": "public REMI loop, without what it never uses", "threads": 1, "steps_per_second": 20.0, "spread": [19.0, 21.0]},
+            {"what": "public REMI loop, as shipped", "threads": 1, "steps_per_second": 8.0, "spread": [8.0, 8.0]}]
+    here = {"machine": "Some CPU, 2 cores", "torch": "2.13.0", "rounds": 3}
+    found = {"rates": {"avx2int8": here | {"rows": rows}, "neon": here | {"machine": "Another", "rows": rows[:1]}}}
     text = make_results("training", found)
-    assert "| REMI | 1 | 80 | 79 to 82 | 4.0 |" in text and "Some CPU, 2 cores, torch 2.13.0, medians of 3" in text
+    assert "| REMI | 1 | 80.2 | 79 to 82 | 4.0 | 10.0 |" in text and "Some CPU, 2 cores, torch 2.13.0, medians of 3" in text
+    assert "| REMI | 1 | 80.2 | 79 to 82 |  |  |" in text and "Another, torch" in text  # the peers were not measured there
     assert "best validation" not in text and "growth" not in text
     best = {"what": "EIMF(REMI)", "threads": 2, "best_iteration": 6000, "recall@50": .2381, "seconds_to_best": 109.6, "iterations": 8000,
             "seconds_to_stop": 142.7, "validation_seconds": 3.2}
     growth = [{"what": "REMI, 1,000,000 items", "threads": 2, "steps_per_second": 2.4, "spread": [2.4, 2.4]}]
-    text = make_results("training", found | {"to_best": best, "growth": growth, "growth_rounds": 1})
+    text = make_results("training", found | {"to_best": {"neon": here | best}, "growth": {"neon": here | {"rows": growth}}})
     assert "(R@50 0.2381) at step 6,000 after 110 s, stopped after 143 s; validations took 3 s" in text and "| REMI, 1,000,000 items | 2 | 2.4 |" in text
 
 

@@ -14,7 +14,7 @@ speed does not depend on them. Items for HNSW: a mixture in 16 of 64 dimensions 
 speed does depend on them. Peaks (multiply-adds, memory) are measured by bench.cpp, which is compiled for that.
 
 Prints Markdown tables; --json FILE takes the figures for data/make_results.py. What is not measured (--items with no number, say, or another
-number of threads) stays in the file as it was.
+number of threads, or another kernel) stays in the file as it was.
 
 `bandwidth share`: a program that reads all n^2 float32 similarities once per iteration would need this share of the measured memory
 bandwidth to be as fast as eimf; above 1, none can be. `MiB per thread` of scoring: what a call adds to the process, without its results.
@@ -52,6 +52,7 @@ def parse_arguments(argv):
     parser.add_argument("--vectors", help="float32 (n, d) .npy file to take the points from; repeated rows are left out")
     parser.add_argument("--fit-below", type=int, default=6000, help="time scikit-learn's whole fit up to so many points")
     parser.add_argument("--items", type=int, nargs="*", default=[12_101, 100_000, 1_000_000], help="catalogue sizes for scoring")
+    parser.add_argument("--softmax-items", type=int, nargs="*", default=[12_101, 100_000], help="catalogue sizes for the softmax loss")
     parser.add_argument("--batch", type=int, default=512, help="users per call")
     parser.add_argument("--hnsw-items", type=int, nargs="*", default=[12_101, 50_000, 100_000, 200_000], help="catalogue sizes for HNSW")
     parser.add_argument("--item-vectors", help="float32 (n, d) .npy file to take HNSW's items from")
@@ -290,6 +291,36 @@ def bench_top_n(peak, n=50, k=4, d=64):
     return rows
 
 
+def bench_softmax(peak, users=128, d=64):
+    """The softmax loss with its gradients, as a training step needs them, beside torch's cross_entropy of a product."""
+    torch, rows = optional("torch"), []
+    for n_items in args.softmax_items if torch else []:
+        torch.set_num_threads(args.threads)
+        generator = torch.Generator().manual_seed(0)
+        query, table_ = (torch.randn(n, d, generator=generator) / 4 for n in (users, n_items))
+        target, weight, none = torch.randint(n_items, (users,), generator=generator), torch.full((users,), 1 / users), torch.zeros(0, dtype=torch.int64)
+        q, x = query.clone().requires_grad_(), table_.clone().requires_grad_()
+
+        def theirs(q=q, x=x, target=target):
+            q.grad = x.grad = None
+            torch.nn.functional.cross_entropy(q @ x.T, target).backward()
+            return x.grad
+
+        def ours(given=[a.numpy() for a in (query, table_, target, weight, none)]):
+            return eimf_core.softmax_loss(*given, n_threads=args.threads)[2]
+
+        if np.abs(ours() - theirs().numpy()).max() > 1e-6:
+            sys.exit("torch finds another gradient than eimf")
+        median = interleaved({"eimf": lambda f=ours: timed(f), "torch": lambda f=theirs: timed(f)}, 3 * args.rounds)
+        gflops = 6 * users * n_items * d / median["eimf"] / 1e9
+        rows.append({"items": n_items, "threads": args.threads, "eimf ms": 1e3 * median["eimf"], "torch ms": 1e3 * median["torch"],
+                     "ratio": median["torch"] / median["eimf"], "share of peak": gflops / (peak * args.threads)})
+        print(rows[-1], file=sys.stderr, flush=True)
+    if rows:
+        table(f"Softmax loss and gradients, {users} users, D = {d}", list(rows[0]), rows)
+    return rows
+
+
 def bench_hnsw(n=50, k=4, d=64, users=256, enough=0.99):
     """Where an HNSW graph that finds 99 % of the true top 50 overtakes exact search."""
     rows = []
@@ -362,13 +393,15 @@ def main():
                          "load": round(os.getloadavg()[0], 1), "versions": {p: version(p) for p in ("eimf-core", "numpy", "scikit-learn", "torch", "faiss-cpu", "hnswlib")}}
     print(machine)
     for name, bench in (("affinity_propagation", lambda: bench_affinity_propagation(machine["memory_gbs"])),
-                        ("scoring", lambda: bench_top_n(machine["fma_gflops"])), ("hnsw", bench_hnsw)):
+                        ("scoring", lambda: bench_top_n(machine["fma_gflops"])), ("softmax", lambda: bench_softmax(machine["fma_gflops"])),
+                        ("hnsw", bench_hnsw)):
         rows = bench()
         if rows and args.json:
             kept = json.loads(args.json.read_text(encoding="utf-8")) if args.json.is_file() else {}
-            merged = {tuple(row.get(key) for key in KEYS): row for row in kept.get(name, {}).get("rows", []) + rows}
+            tables = kept.get(name, {})  # by kind of processor
+            merged = {tuple(row.get(key) for key in KEYS): row for row in tables.get(machine["kernel"], {}).get("rows", []) + rows}
             args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps(kept | {name: {"machine": machine, "rows": list(merged.values())}}, indent=2) + "\n", encoding="utf-8")
+            args.json.write_text(json.dumps(kept | {name: tables | {machine["kernel"]: {"machine": machine, "rows": list(merged.values())}}}, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
