@@ -105,11 +105,13 @@ struct ScoreKernels {
     // is its value in row k and column j + v, j a multiple of columns_per_panel; the last panel is padded.
     size_t columns_per_panel;  // at most 32
 
-    // out (rows, columns) = the sum over k of a[i * row + k * step] times the factor's row k.
-    void (*product)(const float *a, size_t row, size_t step, size_t rows, size_t count, const float *panels, size_t columns, float *out);
+    // out (rows, columns) = (`add`: +=, columns whole panels) the sum over k < count of a(i, k) times the factor's row k. a(i, k) is
+    // a[i * row + k * step], and `jump` further on for every `stretch` of k.
+    void (*product)(const float *a, size_t row, size_t step, size_t stretch, size_t jump, size_t rows, size_t count, const float *panels, size_t columns,
+                    bool add, float *out);
 
-    // out (rows, columns) = 2 to the power of items (rows, d) times the factor (d, columns), less shift (columns, padded), but 0 in the rows that are
-    // excluded. totals (columns, padded) += its sums over the rows, one after the other.
+    // out, in panels, as a factor of `rows` rows = 2 to the power of items (rows, d) times the factor (d, columns), less shift (columns, padded), but 0
+    // in the rows that are excluded. totals (columns, padded) += its sums over the rows, one after the other.
     void (*exponentials)(const float *items, size_t rows, size_t d, const float *panels, const uint8_t *excluded, const float *shift, size_t columns,
                          float *out, float *totals);
 };

@@ -10,7 +10,7 @@
 namespace eimf {
 namespace {
 
-constexpr size_t CHUNK = 128;   // items whose exponentials are made and used while they are in the cache
+constexpr size_t CHUNK = 126;   // items whose exponentials are made and used while they are in the cache; a multiple of six, and no power of two
 constexpr size_t GROUPS = 16;   // partial sums over items; their number is fixed, so that results do not depend on the threads'
 constexpr double LOG2_E = 1.44269504088896340736, LN_2 = 0.69314718055994530942;
 
@@ -33,33 +33,30 @@ struct Softmax {
     size_t padded(size_t columns) const { return (columns + kernels.columns_per_panel - 1) / kernels.columns_per_panel * kernels.columns_per_panel; }
     size_t chunks() const { return (n_items + CHUNK - 1) / CHUNK; }
 
-    // exponentials (n_items, users) if kept, else one chunk's for each group; totals (users) and sums (users, d) over the items.
+    // exponentials (chunks, padded users / panel, items of the chunk, panel) if kept, else one chunk's for each group; totals (users) over the items,
+    // and sums (d, padded users) of the items times them.
     void pass(const float *panels, const uint8_t *excluded, const float *shift, bool keep, float *exponentials, double *totals, float *sums) const {
         const size_t groups = std::min(GROUPS, chunks()), wide = padded(users);
         Buffer<double> group_totals(memory, groups * users, 0.0);
-        Buffer<float> chunk_totals(memory, groups * wide), group_sums(memory, checked_product(groups, users * d), 0.0f);
-        Buffer<float> packed(memory, groups * CHUNK * padded(d)), products(memory, checked_product(groups, users * d));
+        Buffer<float> chunk_totals(memory, groups * wide), group_sums(memory, checked_product(groups, d * wide), 0.0f);
         team.run(groups, [&](size_t group) {
-            float *const chunk_items = packed.data() + group * CHUNK * padded(d), *const product = products.data() + group * users * d;
-            float *const sum = group_sums.data() + group * users * d, *const total = chunk_totals.data() + group * wide;
+            float *const total = chunk_totals.data() + group * wide;
             for (size_t chunk = chunks() * group / groups; chunk < chunks() * (group + 1) / groups; ++chunk) {
                 const size_t first = chunk * CHUNK, rows = std::min(CHUNK, n_items - first);
-                float *const out = exponentials + (keep ? first : group * CHUNK) * users;
+                float *const out = exponentials + (keep ? first : group * CHUNK) * wide;
                 std::fill(total, total + wide, 0.0f);
-                kernels.exponentials(items + first * d, rows, d, panels, excluded + first, shift, users, out, total);
+                kernels.exponentials(items + first * d, rows, d, panels, excluded + first, shift, wide, out, total);
                 for (size_t u = 0; u < users; ++u) group_totals[group * users + u] += static_cast<double>(total[u]);
-                pack(items + first * d, rows, d, d, 1, nullptr, kernels.columns_per_panel, chunk_items);
-                kernels.product(out, 1, users, users, rows, chunk_items, d, product);
-                for (size_t i = 0; i < users * d; ++i) sum[i] += product[i];
+                kernels.product(items + first * d, 1, d, rows, 0, d, rows, out, wide, true, group_sums.data() + group * d * wide);
             }
         });
         for (size_t u = 0; u < users; ++u) {
             totals[u] = 0;
             for (size_t group = 0; group < groups; ++group) totals[u] += group_totals[group * users + u];
         }
-        std::fill(sums, sums + users * d, 0.0f);
+        std::fill(sums, sums + d * wide, 0.0f);
         for (size_t group = 0; group < groups; ++group)
-            for (size_t i = 0; i < users * d; ++i) sums[i] += group_sums[group * users * d + i];
+            for (size_t i = 0; i < d * wide; ++i) sums[i] += group_sums[group * d * wide + i];
     }
 
     // shift[u] = user u's largest score, in bits.
@@ -68,7 +65,7 @@ struct Softmax {
         std::fill(shift, shift + users, -std::numeric_limits<float>::infinity());
         for (size_t first = 0; first < n_items; first += CHUNK) {
             const size_t rows = std::min(CHUNK, n_items - first);
-            kernels.product(items + first * d, d, 1, rows, d, panels, users, scores.data());
+            kernels.product(items + first * d, d, 1, d, 0, rows, d, panels, users, false, scores.data());
             for (size_t i = 0; i < rows; ++i)
                 for (size_t u = 0; u < users && !excluded[first + i]; ++u) shift[u] = std::max(shift[u], scores[i * users + u]);
         }
@@ -77,13 +74,13 @@ struct Softmax {
     }
 
     void run(const std::vector<uint8_t> &excluded, float *losses, float *query_gradient, float *item_gradient) const {
-        const size_t width = kernels.columns_per_panel;
-        Buffer<float> panels(memory, checked_product(padded(users), d)), shift(memory, padded(users), 0.0f);
+        const size_t width = kernels.columns_per_panel, wide = padded(users);
+        Buffer<float> panels(memory, checked_product(wide, d)), shift(memory, wide, 0.0f);
         const std::vector<float> bits(d, static_cast<float>(LOG2_E));
         pack(queries, d, users, 1, d, bits.data(), width, panels.data());
-        Buffer<float> exponentials(memory, checked_product(item_gradient ? n_items : std::min(GROUPS, chunks()) * CHUNK, users));
+        Buffer<float> exponentials(memory, checked_product(item_gradient ? n_items : std::min(GROUPS, chunks()) * CHUNK, wide));
         std::vector<double> totals(users);
-        std::vector<float> sums(users * d), scale(users);
+        std::vector<float> sums(d * wide), scale(users);
         const auto pass_with_shift = [&] { pass(panels.data(), excluded.data(), shift.data(), item_gradient != nullptr, exponentials.data(), totals.data(), sums.data()); };
         pass_with_shift();
         // Usually no score is so large or small that the sum leaves the range where nothing of weight over- or underflows.
@@ -99,14 +96,14 @@ struct Softmax {
             const bool counts = weight[u] != 0;
             losses[u] = counts ? static_cast<float>((std::log2(totals[u]) + static_cast<double>(shift[u])) * LN_2 - score) : 0.0f;
             scale[u] = counts ? static_cast<float>(static_cast<double>(weight[u]) / totals[u]) : 0.0f;
-            for (size_t t = 0; t < d; ++t) query_gradient[u * d + t] = counts ? sums[u * d + t] * scale[u] - item[t] * weight[u] : 0.0f;
+            for (size_t t = 0; t < d; ++t) query_gradient[u * d + t] = counts ? sums[t * wide + u] * scale[u] - item[t] * weight[u] : 0.0f;
         }
         if (!item_gradient) return;
         Buffer<float> scaled(memory, checked_product(users, padded(d)));
         pack(queries, users, d, d, 1, scale.data(), width, scaled.data());
         team.run(chunks(), [&](size_t chunk) {
             const size_t first = chunk * CHUNK, rows = std::min(CHUNK, n_items - first);
-            kernels.product(exponentials.data() + first * users, users, 1, rows, users, scaled.data(), d, item_gradient + first * d);
+            kernels.product(exponentials.data() + first * wide, width, 1, width, rows * width, rows, users, scaled.data(), d, false, item_gradient + first * d);
         });
         for (size_t u = 0; u < users; ++u)
             for (size_t t = 0; t < d; ++t) item_gradient[static_cast<size_t>(target[u]) * d + t] -= queries[u * d + t] * weight[u];

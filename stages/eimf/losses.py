@@ -69,7 +69,8 @@ class _NativeCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return *(None if g is None else g if grad == 1 else g * grad for g in ctx.gradients), None, None, None
+        gradients, ctx.gradients = ctx.gradients, None  # let go of, so that autograd may add to the arrays instead of copying them
+        return *(None if g is None else g if grad == 1 else g * grad for g in gradients), None, None, None
 
 
 def softmax_loss(query, table, target, excluded, keep=None, precision=None):
