@@ -99,9 +99,10 @@ def test_make_results_renders_the_cores_speed(make_results):
     machine = {"cpu": "Some CPU", "kernel": "avx2", "threads": 2, "clock": "wall", "rounds": 5, "fma_gflops": 117.4, "memory_gbs": 46.8, "load": 0.2}
     row = {"items": 12101, "eimf users/s": 14999.6, "torch users/s": None, "eimf, float products alone users/s": 7000.4,
            "share of peak, float products alone": .815, "one user, prepared, ms": .0866}
-    text = make_results("core", {"scoring": {"machine": machine, "rows": [row]}})
+    other = {"machine": machine | {"cpu": "Another", "kernel": "neon"}, "rows": [row | {"items": 500}]}
+    text = make_results("core", {"scoring": {"avx2": {"machine": machine, "rows": [row]}, "neon": other}})
     assert "| 12101 |  | 15000 |  |  |  | 7000 | 82% | 0.09 |  |" in text
-    assert "Some CPU, avx2, wall clock, medians of 5, peak 117 GFLOP/s and 47 GB/s" in text
+    assert "Some CPU, avx2, wall clock, medians of 5, peak 117 GFLOP/s and 47 GB/s" in text and "Another, neon" in text and "| 500 |" in text
 
 
 def test_make_results_renders_the_clients_throughput(make_results):
