@@ -115,7 +115,8 @@ def oracle(data, history, k, exclude):
     row = list(history)[-MAX_LEN:]
     row = torch.tensor([row + [0] * (MAX_LEN - len(row))])
     interests = torch.export.load(trained / "model.pt2").module()(row)[0][0].detach().numpy().astype(np.float64)
-    scores = interests @ vectors.T  # (K, N + 1)
+    # Not a matrix product: some round equal rows differently, and one event makes all interests equal.
+    scores = (interests[:, None] * vectors).sum(2)  # (K, N + 1)
     order = [n for n in np.argsort(-scores.max(0), kind="stable").tolist() if n and n not in exclude][:k]
     return order, scores.max(0)[order], scores.argmax(0)[order]
 
