@@ -83,7 +83,7 @@ public:
                 const float *tile = &values_[place(here * TILE, t * TILE)];
                 if (t + 4 < tiles && t >= here)  // not one after the other in memory
                     for (size_t r = 0; r < TILE; ++r) __builtin_prefetch(&values_[place((t + 4) * TILE + r, here * TILE)]);
-                if (t > here) kernels.transpose(tile, rows + t * TILE, length);
+                if (t > here) kernels.transpose(tile, TILE, rows + t * TILE, length);
                 else for (size_t r = 0; r < TILE; ++r) std::copy_n(tile + r * TILE, TILE, rows + r * length + t * TILE);
             }
             for (size_t r = 0; r < TILE && here * TILE + r < n_; ++r)
@@ -92,17 +92,15 @@ public:
         return rows + i % TILE * length;
     }
 
-    // The similarities of i and the points from `first` on, before they are weighted. All pieces of all rows must be put in.
-    void put(size_t i, size_t first, size_t count, const float *s) {
+    // The similarities of i and the points from `first` on, by their products and biases. All pieces of all rows must be put in.
+    void put(size_t i, size_t first, size_t count, const float *products, const float *bias, const ScoreKernels &kernels) {
         const size_t end = first + count;
-        if (rows_)
-            for (size_t k = first; k < end; ++k) values_[i * n_ + k] = s[k - first] * static_cast<float>(weight_[i]);
-        else
-            for (size_t k = first; k < std::min(end, (i / TILE + 1) * TILE);) {
-                const size_t next = std::min(end, (k / TILE + 1) * TILE);
-                std::copy(s + (k - first), s + (next - first), &values_[place(i, k)]);
-                k = next;
-            }
+        if (rows_) return kernels.similarities(products, bias + first, bias[i], static_cast<float>(weight_[i]), count, &values_[i * n_ + first]);
+        for (size_t k = first; k < std::min(end, (i / TILE + 1) * TILE);) {
+            const size_t next = std::min(end, (k / TILE + 1) * TILE);
+            kernels.similarities(products + (k - first), bias + k, bias[i], 1, next - k, &values_[place(i, k)]);
+            k = next;
+        }
     }
     // A better value for one of them, after all pieces. Rows i and k may put in the same one at once.
     void put(size_t i, size_t k, float s) {
@@ -238,12 +236,7 @@ public:
             AllPairs all{kernels_, centred_.data(), n(), d_, bias_.data(), wanted + 1, {}, listed};
             if (pairs)
                 all.products = [&](size_t i, size_t first, size_t count, const float *products) {
-                    float s[STRETCH];
-                    for (const size_t end = first + count; first < end; first += STRETCH, products += STRETCH) {
-                        const size_t here = std::min(STRETCH, end - first);
-                        for (size_t k = 0; k < here; ++k) s[k] = std::min(0.0f, 2 * (products[k] + (bias_[first + k] + bias_[i])));
-                        pairs->put(i, first, here, s);
-                    }
+                    pairs->put(i, first, count, products, bias_.data(), *kernels_);
                 };
             return nearest_of_all(all, team, memory);
         }

@@ -28,8 +28,10 @@ struct ScoreKernels {
     size_t (*tile_best)(const float *panel, const float *bias, const float *queries, size_t users, size_t k, size_t d, uint64_t valid,
                         const float *threshold, float *best, Hit *hits);
 
-    // scores[r * width + j] of `count` rows, count <= rows.
-    void (*tile)(const float *panel, const float *bias, const float *queries, size_t count, size_t d, float *scores);
+    // scores[r * stride + j] of `count` rows, count <= rows, queries[r * row + t]. Their sums start from start[r * again + j]: the bias, with again = 0,
+    // or the scores of the dimensions before these.
+    void (*tile)(const float *panel, const float *start, size_t again, const float *queries, size_t row, size_t count, size_t d, float *scores,
+                 size_t stride);
 
     // The same reduction over the scores of one user's `count` rows; the result is the hit's items.
     uint64_t (*best)(const float *scores, size_t count, float threshold, float *best);
@@ -94,12 +96,15 @@ struct ScoreKernels {
     // Squared Euclidean distance, in float64 over sixteen interleaved partial sums.
     double (*squared_distance)(const float *x, const float *y, size_t d);
 
+    // s[k] = weight * min(0, 2 (products[k] + bias[k] + own)).
+    void (*similarities)(const float *products, const float *bias, float own, float weight, size_t n, float *s);
+
     // panel[t * width + j] = items[j][t] for all j < width. Returns the largest magnitude's bits: 0x7f800000 or more if a
     // value is not finite.
     int32_t (*pack)(const float *const *items, size_t d, float *panel);
 
-    // to[r * stride + k] = tile[k * TILE + r] for all k, r < TILE.
-    void (*transpose)(const float *tile, float *to, size_t stride);
+    // to[r * stride + k] = tile[k * from + r] for all k, r < TILE.
+    void (*transpose)(const float *tile, size_t from, float *to, size_t stride);
 
     // The softmax loss multiplies with these. A factor of theirs (count, columns) is given in panels: panels[j * count + k * columns_per_panel + v]
     // is its value in row k and column j + v, j a multiple of columns_per_panel; the last panel is padded.

@@ -100,7 +100,7 @@ void find_winners(const TopNProblem &p, const float *query, const RankKey *keys,
         }
         kernels.pack(item, p.d, panel);
         for (size_t r = 0; r < p.k; r += kernels.rows)
-            kernels.tile(panel, bias, query + r * p.d, std::min(kernels.rows, p.k - r), p.d, scores + r * kernels.width);
+            kernels.tile(panel, bias, 0, query + r * p.d, p.d, std::min(kernels.rows, p.k - r), p.d, scores + r * kernels.width, kernels.width);
         for (size_t j = 0; j < here; ++j) {
             size_t top = 0;
             for (size_t r = 1; r < p.k; ++r)
@@ -286,7 +286,7 @@ private:
         size_t n_hits = 0;
         for (size_t u = first; u < last; ++u) {
             for (size_t r = 0; r < p.k; r += kernels.rows)
-                kernels.tile(panel, bias, &queries[u * row] + r * p.d, std::min(kernels.rows, p.k - r), p.d, &tile[r * kernels.width]);
+                kernels.tile(panel, bias, 0, &queries[u * row] + r * p.d, p.d, std::min(kernels.rows, p.k - r), p.d, &tile[r * kernels.width], kernels.width);
             const uint64_t above = kernels.best(tile.data(), p.k, thresholds[u], &best[n_hits * kernels.width]) & valid;
             if (above) hits[n_hits++] = {above, static_cast<uint32_t>(u - first)};
         }
@@ -409,7 +409,8 @@ ScoreKernels::QuantizedPanel QuantizedItems::panel(size_t place) const {
 
 namespace {
 
-constexpr size_t BLOCK_PANELS = 5, MOST_WIDTH = 48;
+// Rows of a block, a multiple of TILE and of each kernel's width; rows whose products lie in the cache together; dimensions of a panel that do.
+constexpr size_t BLOCK = 192, TOGETHER = 48, DEPTH = 192, MOST_WIDTH = 48;
 
 size_t pairs_capacity(size_t wanted) { return 2 * wanted + 4 * MOST_WIDTH; }
 
@@ -430,13 +431,13 @@ void absorb(const AllPairs &p, Candidates &mine, size_t capacity, const float *p
 
 }  // namespace
 
-size_t bytes_per_row(size_t wanted) { return (pairs_capacity(wanted) * 2 + BLOCK_PANELS * MOST_WIDTH) * sizeof(float) + sizeof(Candidates); }
+size_t bytes_per_row(size_t wanted) { return (pairs_capacity(wanted) * 2 + BLOCK) * sizeof(float) + sizeof(Candidates); }
 
 void nearest_of_all(const AllPairs &given, Team &team, Memory &memory) {
     AllPairs p = given;
     p.wanted = std::min(p.wanted, p.n);
     const ScoreKernels &kernels = *p.kernels;
-    const size_t n = p.n, d = p.d, width = kernels.width, block = BLOCK_PANELS * width, capacity = pairs_capacity(p.wanted);
+    const size_t n = p.n, d = p.d, width = kernels.width, block = BLOCK, capacity = pairs_capacity(p.wanted);
     Buffer<float> scores(memory, checked_product(n, capacity)), panels(memory, block * d), strip(memory, checked_product(block, n));
     Buffer<uint32_t> ids(memory, checked_product(n, capacity));
     Buffer<Candidates> candidates(memory, n);
@@ -453,30 +454,33 @@ void nearest_of_all(const AllPairs &given, Team &team, Memory &memory) {
         }
         // The products of rows [first, first + count) with J's, (count, block).
         const auto multiply = [&](size_t first, size_t count, float *to) {
-            float tile[8 * 64];
-            for (size_t j = 0; j < here; j += width) {
-                kernels.tile(&panels[j * d], zero, p.x + first * d, count, d, tile);
-                for (size_t r = 0; r < count; ++r) std::copy_n(tile + r * width, width, to + r * block + j);
-            }
+            for (size_t j = 0; j < here; j += width)
+                for (size_t t = 0; t < d; t += DEPTH)
+                    for (size_t r = 0; r < count; r += kernels.rows)
+                        kernels.tile(&panels[j * d + t * width], t ? to + r * block + j : zero, t ? block : 0, p.x + (first + r) * d + t, d,
+                                     std::min(kernels.rows, count - r), std::min(DEPTH, d - t), to + r * block + j, block);
         };
         team.run((j0 + block - 1) / block, [&](size_t b) {
-            Buffer<float> part(memory, kernels.rows * block);
+            Buffer<float> part(memory, TOGETHER * block);
             Buffer<uint32_t> found(memory, block);
-            for (size_t i = b * block; i < (b + 1) * block; i += kernels.rows) {
-                const size_t count = std::min(kernels.rows, (b + 1) * block - i);
-                multiply(i, count, part.data());
-                for (size_t j = 0; j < here; ++j)
-                    for (size_t r = 0; r < count; ++r) strip[j * n + i + r] = part[r * block + j];
-                for (size_t r = 0; r < count; ++r) {
+            for (size_t i = b * block; i < (b + 1) * block; i += TOGETHER) {
+                multiply(i, TOGETHER, part.data());
+                for (size_t r = 0; r < TOGETHER; r += TILE) {
+                    size_t j = 0;
+                    for (; j + TILE <= here; j += TILE) kernels.transpose(&part[r * block + j], block, &strip[j * n + i + r], n);
+                    for (; j < here; ++j)
+                        for (size_t q = r; q < r + TILE; ++q) strip[j * n + i + q] = part[q * block + j];
+                }
+                for (size_t r = 0; r < TOGETHER; ++r) {
                     absorb(p, candidates[i + r], capacity, &part[r * block], j0, here, found.data());
                     if (p.products) p.products(i + r, j0, here, &part[r * block]);
                 }
             }
         });
-        team.run((here + kernels.rows - 1) / kernels.rows, [&](size_t q) {
-            Buffer<float> part(memory, kernels.rows * block);
+        team.run((here + TILE - 1) / TILE, [&](size_t q) {
+            Buffer<float> part(memory, TILE * block);
             Buffer<uint32_t> found(memory, block);
-            const size_t first = q * kernels.rows, count = std::min(kernels.rows, here - first);
+            const size_t first = q * TILE, count = std::min(TILE, here - first);
             multiply(j0 + first, count, part.data());
             for (size_t r = 0; r < count; ++r) {
                 Candidates &mine = candidates[j0 + first + r];

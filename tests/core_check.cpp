@@ -1,5 +1,5 @@
 // Exercises the whole C API; built and run under sanitizers by test_core_native.py. Exits 1 at the first wrong answer.
-// `check quick` takes smaller sizes, for emulators.
+// `check quick` takes smaller sizes, for emulators; `check halves` is so many points that their similarities are kept by halves.
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
@@ -129,6 +129,19 @@ void check_affinity_propagation(size_t points) {
     for (size_t e = 0; e < n * n; ++e) indices[e] = static_cast<int64_t>(e % n);
     CHECK(eimf_affinity_propagation_sparse(indptr.data(), indices.data(), s.data(), n, &preference, 1, &options, exemplars.data(), labels.data(), &result, nullptr) == EIMF_OK);
     CHECK(labels == expected);
+}
+
+void check_halves() {
+    const size_t n = 5800;
+    const std::vector<float> x = blobs(n, 6, 60, 17);
+    eimf_ap_options options = eimf_ap_defaults();
+    options.max_iter = 6;
+    options.n_threads = 1;
+    const Clusters one = cluster(x, n, -600.0, options);
+    CHECK(one.status == EIMF_OK && one.result.peak_bytes > n * n * 2 && one.result.peak_bytes < n * n * 3);
+    options.n_threads = 3;
+    const Clusters many = cluster(x, n, -600.0, options);
+    CHECK(many.labels == one.labels && many.exemplars == one.exemplars && many.result.net_similarity == one.result.net_similarity);
 }
 
 // An allocator that fails from the `left`-th allocation on, and counts what is held.
@@ -295,7 +308,12 @@ void check_softmax() {
 }  // namespace
 
 int main(int argc, char **argv) {
-    const bool quick = argc > 1 && std::strcmp(argv[1], "quick") == 0;
+    const bool quick = argc > 1 && std::strcmp(argv[1], "quick") == 0, halves = argc > 1 && std::strcmp(argv[1], "halves") == 0;
+    if (halves) {
+        check_halves();
+        std::puts("all checks passed");
+        return 0;
+    }
     check_top_n(quick);
     check_affinity_propagation(quick ? 300 : 1500);
     check_allocation_failures(quick ? 60 : 400);
