@@ -164,27 +164,25 @@ static inline unsigned greater_mask(float32x4_t x, float32x4_t y) {
 }  // namespace neon
 #endif
 
+#if EIMF_X86
+// A version that bounds scores by 8-bit integers as well.
+static ScoreKernels bounding(ScoreKernels version, const char *name, decltype(version.quantized_hits) hits, decltype(version.quantize) quantize,
+                             const ScoreKernels::Quantization &quantization) {
+    version.name = name;
+    version.quantized_hits = hits;
+    version.quantize = quantize;
+    version.quantization = quantization;
+    return version;
+}
+#endif
+
 const ScoreKernels *score_kernels(eimf_kernel kernel) {
 #if EIMF_X86
     __builtin_cpu_init();
     const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool has_avx512 = __builtin_cpu_supports("avx512f"), has_vnni = has_avx512 && __builtin_cpu_supports("avx512vnni");
-    static const ScoreKernels vnni_version = [] {
-        ScoreKernels version = avx512::VERSION;
-        version.name = "avx512vnni";
-        version.quantized_hits = avx512::quantized_hits;
-        version.quantize = avx512::quantize;
-        version.quantization = avx512::QUANTIZED;
-        return version;
-    }();
-    static const ScoreKernels avx2_int8_version = [] {
-        ScoreKernels version = avx2::VERSION;
-        version.name = "avx2int8";
-        version.quantized_hits = avx2::quantized_hits;
-        version.quantize = avx2::quantize;
-        version.quantization = avx2::QUANTIZED;
-        return version;
-    }();
+    static const ScoreKernels vnni_version = bounding(avx512::VERSION, "avx512vnni", avx512::quantized_hits, avx512::quantize, avx512::QUANTIZED);
+    static const ScoreKernels avx2_int8_version = bounding(avx2::VERSION, "avx2int8", avx2::quantized_hits, avx2::quantize, avx2::QUANTIZED);
     if (kernel == EIMF_KERNEL_AVX512_VNNI || (kernel == EIMF_KERNEL_AUTO && has_vnni)) return has_vnni ? &vnni_version : nullptr;
     if (kernel == EIMF_KERNEL_AVX512 || (kernel == EIMF_KERNEL_AUTO && has_avx512)) return has_avx512 ? &avx512::VERSION : nullptr;
     if (kernel == EIMF_KERNEL_AVX2_INT8 || (kernel == EIMF_KERNEL_AUTO && has_avx2)) return has_avx2 ? &avx2_int8_version : nullptr;
