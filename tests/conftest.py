@@ -140,6 +140,13 @@ def sample(checkout):
     return checkout, done.stdout
 
 
+def pytest_collection_modifyitems(items):
+    """For pytest-xdist: a file's tests share what they set up, and so do all that use the checkout, which take longest and so come first."""
+    items.sort(key=lambda item: "checkout" not in item.fixturenames)
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("checkout" if "checkout" in item.fixturenames else item.path.name))
+
+
 def pytest_addoption(parser):
     parser.addoption("--backbone", action="append", default=[], metavar="FILE.py:ClassName",
                      help="test a backbone of your own too: pytest tests/test_backbones.py --backbone FILE.py:ClassName")

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Sets itself up, then runs the tests: bash tests/run.sh [--all] [pytest arguments]
-# Without --all the tests marked slow or browser are left out. --all needs Chromium with its driver.
+# Without --all the tests marked slow or browser are left out. --all needs Chromium with its driver. Two run at a time; -n 0: one, as --pdb needs it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 selection=(-m "not slow and not browser")
 if [ "${1:-}" = --all ]; then selection=(); shift; fi
 bash run_all.sh --setup-only test
-exec "${VIRTUAL_ENV:-${CONDA_PREFIX:-.venv}}/bin/python" -m pytest ${selection[@]+"${selection[@]}"} "$@"
+exec "${VIRTUAL_ENV:-${CONDA_PREFIX:-.venv}}/bin/python" -m pytest -n 2 --dist loadgroup --no-loadscope-reorder ${selection[@]+"${selection[@]}"} "$@"
