@@ -437,64 +437,64 @@ void nearest_of_all(const AllPairs &given, Team &team, Memory &memory) {
     AllPairs p = given;
     p.wanted = std::min(p.wanted, p.n);
     const ScoreKernels &kernels = *p.kernels;
-    const size_t n = p.n, d = p.d, width = kernels.width, block = BLOCK, capacity = pairs_capacity(p.wanted);
-    Buffer<float> scores(memory, checked_product(n, capacity)), panels(memory, block * d), strip(memory, checked_product(block, n));
+    const size_t n = p.n, d = p.d, width = kernels.width, capacity = pairs_capacity(p.wanted);
+    Buffer<float> scores(memory, checked_product(n, capacity)), panels(memory, BLOCK * d), strip(memory, checked_product(BLOCK, n));
     Buffer<uint32_t> ids(memory, checked_product(n, capacity));
     Buffer<Candidates> candidates(memory, n);
     for (size_t i = 0; i < n; ++i) candidates[i] = {&scores[i * capacity], &ids[i * capacity], 0, -std::numeric_limits<float>::infinity()};
     const float zero[64] = {};
 
     // Each row must see the items by rising id. So at block J, first all earlier rows see J's, then J's rows see the earlier ones, then J's.
-    for (size_t j0 = 0; j0 < n; j0 += block) {
-        const size_t here = std::min(block, n - j0);
+    for (size_t j0 = 0; j0 < n; j0 += BLOCK) {
+        const size_t here = std::min(BLOCK, n - j0);
         for (size_t j = 0; j < here; j += width) {
             const float *item[64];
             for (size_t v = 0; v < width; ++v) item[v] = p.x + std::min(j0 + j + v, n - 1) * d;
             kernels.pack(item, d, &panels[j * d]);
         }
-        // The products of rows [first, first + count) with J's, (count, block).
+        // The products of rows [first, first + count) with J's, (count, BLOCK).
         const auto multiply = [&](size_t first, size_t count, float *to) {
             for (size_t j = 0; j < here; j += width)
                 for (size_t t = 0; t < d; t += DEPTH)
                     for (size_t r = 0; r < count; r += kernels.rows)
-                        kernels.tile(&panels[j * d + t * width], t ? to + r * block + j : zero, t ? block : 0, p.x + (first + r) * d + t, d,
-                                     std::min(kernels.rows, count - r), std::min(DEPTH, d - t), to + r * block + j, block);
+                        kernels.tile(&panels[j * d + t * width], t ? to + r * BLOCK + j : zero, t ? BLOCK : 0, p.x + (first + r) * d + t, d,
+                                     std::min(kernels.rows, count - r), std::min(DEPTH, d - t), to + r * BLOCK + j, BLOCK);
         };
-        team.run((j0 + block - 1) / block, [&](size_t b) {
-            Buffer<float> part(memory, TOGETHER * block);
-            Buffer<uint32_t> found(memory, block);
-            for (size_t i = b * block; i < (b + 1) * block; i += TOGETHER) {
+        team.run((j0 + BLOCK - 1) / BLOCK, [&](size_t b) {
+            Buffer<float> part(memory, TOGETHER * BLOCK);
+            Buffer<uint32_t> found(memory, BLOCK);
+            for (size_t i = b * BLOCK; i < (b + 1) * BLOCK; i += TOGETHER) {
                 multiply(i, TOGETHER, part.data());
                 for (size_t r = 0; r < TOGETHER; r += TILE) {
                     size_t j = 0;
-                    for (; j + TILE <= here; j += TILE) kernels.transpose(&part[r * block + j], block, &strip[j * n + i + r], n);
+                    for (; j + TILE <= here; j += TILE) kernels.transpose(&part[r * BLOCK + j], BLOCK, &strip[j * n + i + r], n);
                     for (; j < here; ++j)
-                        for (size_t q = r; q < r + TILE; ++q) strip[j * n + i + q] = part[q * block + j];
+                        for (size_t q = r; q < r + TILE; ++q) strip[j * n + i + q] = part[q * BLOCK + j];
                 }
                 for (size_t r = 0; r < TOGETHER; ++r) {
-                    absorb(p, candidates[i + r], capacity, &part[r * block], j0, here, found.data());
-                    if (p.products) p.products(i + r, j0, here, &part[r * block]);
+                    absorb(p, candidates[i + r], capacity, &part[r * BLOCK], j0, here, found.data());
+                    if (p.products) p.products(i + r, j0, here, &part[r * BLOCK]);
                 }
             }
         });
         team.run((here + TILE - 1) / TILE, [&](size_t q) {
-            Buffer<float> part(memory, TILE * block);
-            Buffer<uint32_t> found(memory, block);
+            Buffer<float> part(memory, TILE * BLOCK);
+            Buffer<uint32_t> found(memory, BLOCK);
             const size_t first = q * TILE, count = std::min(TILE, here - first);
             multiply(j0 + first, count, part.data());
             for (size_t r = 0; r < count; ++r) {
                 Candidates &mine = candidates[j0 + first + r];
-                for (size_t i = 0; i < j0; i += block) absorb(p, mine, capacity, &strip[(first + r) * n + i], i, block, found.data());
-                absorb(p, mine, capacity, &part[r * block], j0, here, found.data());
+                for (size_t i = 0; i < j0; i += BLOCK) absorb(p, mine, capacity, &strip[(first + r) * n + i], i, BLOCK, found.data());
+                absorb(p, mine, capacity, &part[r * BLOCK], j0, here, found.data());
                 if (!p.products) continue;
                 p.products(j0 + first + r, 0, j0, &strip[(first + r) * n]);
-                p.products(j0 + first + r, j0, here, &part[r * block]);
+                p.products(j0 + first + r, j0, here, &part[r * BLOCK]);
             }
         });
     }
-    team.run((n + block - 1) / block, [&](size_t b) {
+    team.run((n + BLOCK - 1) / BLOCK, [&](size_t b) {
         Buffer<RankKey> keys(memory, capacity);
-        for (size_t i = b * block; i < std::min(n, (b + 1) * block); ++i) {
+        for (size_t i = b * BLOCK; i < std::min(n, (b + 1) * BLOCK); ++i) {
             Candidates &mine = candidates[i];
             shrink(mine, p.wanted, capacity, kernels);
             for (size_t j = 0; j < mine.count; ++j) keys[j] = rank_key(mine.scores[j], mine.ids[j]);

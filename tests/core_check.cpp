@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <random>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -308,20 +309,20 @@ void check_softmax() {
 }  // namespace
 
 int main(int argc, char **argv) {
-    const bool quick = argc > 1 && std::strcmp(argv[1], "quick") == 0, halves = argc > 1 && std::strcmp(argv[1], "halves") == 0;
-    if (halves) {
+    const std::string size = argc > 1 ? argv[1] : "";
+    if (size == "halves") {
         check_halves();
-        std::puts("all checks passed");
-        return 0;
+    } else {
+        const bool quick = size == "quick";
+        check_top_n(quick);
+        check_affinity_propagation(quick ? 300 : 1500);
+        check_allocation_failures(quick ? 60 : 400);
+        check_interrupt_and_errors();
+        check_concurrent_calls();
+        check_prepared();
+        check_diversify();
+        check_softmax();
     }
-    check_top_n(quick);
-    check_affinity_propagation(quick ? 300 : 1500);
-    check_allocation_failures(quick ? 60 : 400);
-    check_interrupt_and_errors();
-    check_concurrent_calls();
-    check_prepared();
-    check_diversify();
-    check_softmax();
     std::puts("all checks passed");
     return 0;
 }

@@ -84,7 +84,8 @@ def argument_parser(doc, **kwargs):
 
     parser = argparse.ArgumentParser(description=doc, formatter_class=Formatter, allow_abbrev=False, **kwargs)
     parser.add_argument("--dataset", default="sample", help="folder under --data-dir that holds this data set's files")
-    parser.add_argument("--data-dir", type=Path, default=Path(__file__).resolve().parents[2] / "data",
+    data, here = Path(__file__).resolve().parents[2] / "data", Path.cwd()
+    parser.add_argument("--data-dir", type=Path, default=data.relative_to(here) if data.is_relative_to(here) else data,
                         help="folder that holds all data sets")
     parser.add_argument("--skip-done", action="store_true",
                         help="do nothing if the manifest matches these arguments and inputs")
