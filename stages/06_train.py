@@ -87,6 +87,7 @@ def parse(argv):
     add("--batch-size", type=int, default=128, help="training users per step, of all processes together (paper: 128)")
     add("--learning-rate", type=float, default=1e-3, help="Adam's step size (paper: 0.001); comirec-dr: 0.005")
     add("--dropout", type=float, default=0.0, help="of the history's vectors, and within Transformers; gru4rec and Transformers: 0.2")
+    add("--event-dropout", type=float, default=0.0, help="of whole events: the share of a training history that is left out at random (paper: 0)")
     add("--loss", choices=["softmax", "sampled", "hard-negatives", "gbce"], default="softmax", help="Eq. 14 over all items; over sampled "
         "negatives, with log-Q correction; over REMI's interest-aware hard negatives; gSASRec's binary cross-entropy")
     add("--negatives", type=int, default=1280, help="sampled negatives per step, shared by the batch (REMI: 10 per user)")
@@ -140,7 +141,7 @@ def parse(argv):
         parser.error(f"--sampling {args.sampling} is for --loss sampled; {args.loss} has no correction for it")
     if not 0 <= args.calibration <= 1:
         parser.error(f"--calibration must be from 0 to 1, got {args.calibration}")
-    for name in ("dropout", "average"):
+    for name in ("dropout", "event_dropout", "average"):
         if not 0 <= getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 0 and below 1, got {getattr(args, name)}")
     for name in ("score_temperature", "weight_decay", "init_std"):
@@ -161,6 +162,7 @@ class Batches:
     """One random target per sampled user: position k in [4, len) and the up to max_len events before it (paper, 4.1).
 
     With a horizon h the target is a random one of the events k to k + h - 1, as evaluation asks for more than the next event.
+    Event dropout leaves out events of the history after that.
     Batch t depends on (seed, t) alone, so a resumed run sees the same batches. Under leave-one-out a training
     prefix can be shorter than 5 events; its only target is then the last one.
     """
@@ -186,7 +188,19 @@ class Batches:
         history = padded(self.items, self.start[row], at, self.args.max_len)  # (B, L)
         if self.args.horizon > 1:
             at += (rng.random(self.size) * np.minimum(self.args.horizon, self.length[row] - k)).astype(np.int64)
+        if self.args.event_dropout:
+            history = without_some(history, self.args.event_dropout, rng)
         return history, self.items[at].astype(np.int64), self.users[row]
+
+
+def without_some(history, share, rng):
+    """Histories (B, L), right-padded, without a random share of their events; the newest stays if all would go."""
+    real = history > 0
+    keep = real & (rng.random(history.shape) >= share)
+    empty = np.flatnonzero(~keep.any(axis=1))
+    keep[empty, real[empty].sum(axis=1) - 1] = True  # a training history has an event
+    order = np.argsort(~keep, axis=1, kind="stable")
+    return np.take_along_axis(np.where(keep, history, 0), order, axis=1)
 
 
 def train(stage, args, interactions, model, teacher, cluster_of_user, device, precision):

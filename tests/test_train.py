@@ -94,6 +94,25 @@ def test_a_horizon_draws_the_target_from_the_next_events(stage06, args):
     np.testing.assert_allclose(np.bincount(steps) / len(steps), 1 / 3, atol=.04)
 
 
+def test_event_dropout_leaves_out_events_of_the_history(stage06, args):
+    """A share of each history's events goes, the others keep their order and lie at the front; targets are those without it."""
+    interactions = one_event_per_item("random")
+    plain = stage06.Batches(interactions, args)
+    thinned = stage06.Batches(interactions, type(args)(**vars(args) | {"event_dropout": .4}))
+    left = total = 0
+    for t in range(1, 40):
+        (whole, target, users), (some, same_target, same_users) = plain[t], thinned[t]
+        np.testing.assert_array_equal(target, same_target)
+        np.testing.assert_array_equal(users, same_users)
+        for before, after in zip(whole, some):
+            events = after[after > 0]
+            assert len(events) and not after[len(events):].any() and (np.diff(events) > 0).all() and np.isin(events, before).all()
+            left, total = left + len(events), total + (before > 0).sum()
+    assert abs(left / total - .6) < .02
+    nothing = stage06.without_some(np.array([[3, 4, 5, 0], [6, 0, 0, 0]]), 1.0, np.random.default_rng(0))
+    np.testing.assert_array_equal(nothing, [[5, 0, 0, 0], [6, 0, 0, 0]])
+
+
 def test_short_histories_have_fewer_interests(stage06, args):
     """Histories of 1, 2, 3, 4, 8 and 16 events: log2 of it, at least one, at most K; the others repeat the first."""
     model = stage06.BehaviouralModel(N_ITEMS, type(args)(**vars(args) | {"dynamic_interests": True})).eval()
@@ -351,7 +370,8 @@ def test_a_recipe_is_a_set_of_defaults(stage06):
     assert {name: getattr(args, name) for name in best} == best
     assert stage06.parse(["--recipe", "best", "--item-text", "init"]).item_text == "init"  # a flag wins
     paper = vars(stage06.parse([]))
-    assert paper["item_text"] == "none" and paper["horizon"] == 1 and not any(paper[k] for k in ("dropout", "average", "weight_decay", "score_temperature"))
+    assert paper["item_text"] == "none" and paper["horizon"] == 1 and not any(
+        paper[k] for k in ("dropout", "event_dropout", "average", "weight_decay", "score_temperature"))
 
 
 def test_a_checkpoint_of_other_settings_is_not_used(train):
