@@ -147,6 +147,13 @@ def test_stage_06_accepts_every_model(load_script, capsys):
     assert not refused
 
 
+def test_the_best_models_have_the_best_recipe(load_script):
+    """Their flags are spelled out, so that results of an earlier recipe are not taken for those of the present one."""
+    module = load_script("stages/06_train.py")
+    spelled, named = (vars(module.parse(flags.split())) for flags in (experiments.MODELS["remi-best-eimf"], "--recipe best --eimf"))
+    assert {k: v for k, v in spelled.items() if k not in ("recipe", "run")} == {k: v for k, v in named.items() if k not in ("recipe", "run")}
+
+
 @pytest.fixture
 def tuning_file(tmp_path, monkeypatch):
     """data/tune.py's file for a data set, in an empty folder."""
