@@ -148,7 +148,7 @@ def parse(argv):
         parser.error(f"--calibration must be from 0 to 1, got {args.calibration}")
     for name in ("dropout", "event_dropout", "average"):
         if not 0 <= getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 0 and below 1, got {getattr(args, name)}")
+            parser.error(f"--{name.replace('_', '-')} must be at least 0 and below 1, got {getattr(args, name)}")
     for name in ("score_temperature", "weight_decay", "init_std"):
         if not 0 <= getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be at least 0, got {getattr(args, name)}")
@@ -167,7 +167,7 @@ class Batches:
     """One random target per sampled user: position k in [4, len) and the up to max_len events before it (paper, 4.1).
 
     With a horizon h the target is a random one of the events k to k + h - 1, as evaluation asks for more than the next event.
-    Event dropout leaves out events of the history after that.
+    Event dropout then leaves out events of the history.
     Batch t depends on (seed, t) alone, so a resumed run sees the same batches. Under leave-one-out a training
     prefix can be shorter than 5 events; its only target is then the last one.
     """
