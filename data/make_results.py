@@ -62,10 +62,13 @@ def render(path):
             continue
         said = []
         for c in found["comparisons"]:
-            if c["family"] in ("help", "best") and (c["dataset"], c["split"]) == place and not c["a"][0] and (c["a"][1], c["b"][1]) in SAID and not c["b"][0]:
+            (variant_a, a), (variant_b, b) = c["a"], c["b"]
+            strongest = c["family"] == "strongest"
+            told = strongest or (c["family"] in ("help", "best") and (a, b) in SAID and not variant_a and not variant_b)
+            if told and (c["dataset"], c["split"]) == place:
                 over_seeds = f", over seeds {p_value(c['p_seeds_holm'])}" if c["p_seeds_holm"] is not None else ""
-                said.append(f"- {c['a'][1]} against {c['b'][1]}, R@50: {c['gain']:+.4f} (95 % interval {c['low']:+.4f} to {c['high']:+.4f}; {c['seeds']} seed{'s' * (c['seeds'] > 1)}; "
-                            f"over users {p_value(c['p_users_holm'])}{over_seeds}): **{c['verdict']}**.")
+                said.append(f"- {a} against {b}{', the strongest tuned backbone' * strongest}, R@50: {c['gain']:+.4f} (95 % interval {c['low']:+.4f} to "
+                            f"{c['high']:+.4f}; {c['seeds']} seed{'s' * (c['seeds'] > 1)}; over users {p_value(c['p_users_holm'])}{over_seeds}): **{c['verdict']}**.")
         parts.append("\n\n".join([f"**{place[0]}, {place[1]} split**", markdown_table(["model", "seeds", *COLUMNS.values()], rows), *["\n".join(said)] * bool(said)]))
     return "\n\n".join([*parts, found["headline"]])
 
