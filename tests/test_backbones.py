@@ -613,6 +613,7 @@ def load_json_line(path):
 @pytest.mark.parametrize("arguments, code, message", [
     (["--backbone", "mine.py:Echo"], 1, "error: --backbone mine.py:Echo: there is no file mine.py"),
     (["--backbone", "sasrek"], 2, "invalid choice: 'sasrek' (choose from dnn, gru4rec,"),
+    (["--dropout", "1"], 2, "--dropout must be at least 0 and below 1"),
     (["--event-dropout", "1"], 2, "--event-dropout must be at least 0 and below 1"),
     (["--loss", "gbce", "--calibration", "2"], 2, "--calibration must be from 0 to 1"),
     (["--loss", "hard-negatives", "--sampling", "popularity"], 2, "--sampling popularity is for --loss sampled"),
