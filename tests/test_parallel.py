@@ -3,8 +3,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -91,6 +93,32 @@ def test_a_lost_process_ends_the_run_and_one_process_goes_on(tiny, root):
     done = run_stage("06_train.py", *options, "--run", "lost", timeout=PATIENCE)
     assert "going on from iteration" in done.stderr
     assert_same_training(whole, folder)
+
+
+def test_a_report_that_was_begun_is_printed_before_the_process_may_end(monkeypatch):
+    """torchrun's SIGTERM came while a rank was about to print why it stopped: another thread then ended the process without a word."""
+    asked, ended, printed = threading.Event(), threading.Event(), []
+
+    class Store:
+        def __init__(self):
+            self.count = 0
+
+        def add(self, name, amount):
+            self.count += amount
+            if self.count == 1:
+                asked.set()
+                ended.wait(.5)  # time for the other thread to return too early
+            return self.count
+
+    monkeypatch.setattr(parallel, "_store", Store())
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=printed.append, flush=lambda: None))
+    first = threading.Thread(target=parallel.report, args=["error: a peer is gone"])
+    first.start()
+    assert asked.wait(PATIENCE)
+    parallel.report("error: told to stop")
+    ended.set()
+    assert "".join(printed) == "error: a peer is gone\n"
+    first.join()
 
 
 def test_a_rank_ends_without_the_interpreters_shutdown(root):

@@ -69,10 +69,10 @@ def run(main):
 def _report(line):
     """Print a line on stderr; of several processes that torchrun started, only the first that has something to report."""
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        from .parallel import reports
-        if not reports():
-            return
-    print(line, file=sys.stderr, flush=True)
+        from .parallel import report
+        report(line)
+    else:
+        print(line, file=sys.stderr, flush=True)
 
 
 def argument_parser(doc, **kwargs):

@@ -21,6 +21,7 @@ LOST = ("another process of this run ended, or the run was told to stop; what wa
         "there, with any number of processes")
 
 _rank, _world, _store = 0, 1, None
+_reporting = threading.Lock()
 
 
 def start(args, device=None):
@@ -147,13 +148,19 @@ def _connect():
         _store = next(dist.rendezvous("env://"))[0]  # of torchrun's own process, so it outlives any rank
 
 
-def reports():
-    """True in the process that asks first: of ranks that stop for one reason, a single one reports it."""
-    try:
-        _connect()
-        return _store.add("reported", 1) == 1
-    except (RuntimeError, ValueError):  # no store, no one to agree with
-        return True
+def report(line):
+    """Print a line on stderr, in the process that asks first: of ranks that stop for one reason, a single one reports it.
+
+    When this returns, a line that another thread of the process had begun to report is printed too, so the process may end.
+    """
+    with _reporting:
+        try:
+            _connect()
+            first = _store.add("reported", 1) == 1
+        except (RuntimeError, ValueError):  # no store, no one to agree with
+            first = True
+        if first:
+            print(line, file=sys.stderr, flush=True)
 
 
 def _watch():
@@ -169,8 +176,7 @@ def _watch():
     def wait():
         while os.read(reader, 1)[0] != signal.SIGTERM:
             pass
-        if reports():
-            print(f"error: {LOST}", file=sys.stderr, flush=True)
+        report(f"error: {LOST}")
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
