@@ -24,7 +24,7 @@ from eimf.backbones import BACKBONES  # noqa: E402
 from experiments import DATASETS, folder_of  # noqa: E402
 
 # The first is every backbone's own default. Dropout acts on the history's vectors in all of them.
-TRIALS = ("", "--horizon 100", "--dropout 0.3", "--dropout 0.5", "--learning-rate 0.003", "--loss hard-negatives")
+TRIALS = ("", "--horizon 100", "--dropout 0.3", "--dropout 0.5", "--learning-rate 0.003", "--loss hard-negatives", "--event-dropout 0.3")
 
 
 def parse(argv):
@@ -34,6 +34,8 @@ def parse(argv):
     add("--backbones", default=",".join(BACKBONES), help="default: all")
     add("--data-dir", type=Path, default=ROOT / "data", help="folder that holds all data sets")
     add("--train-args", default=experiments.TRAIN, help="arguments of stage 06 for all runs (default: %(default)r)")
+    add("--reuse", action="store_true", help="take trials that data/results/tuning-<data set>.json has from there, whatever machine and "
+        "--train-args they had, and train the others")
     add("--threads", type=int, default=1, help="CPU threads of a training (default: %(default)s)")
     args = parser.parse_args(argv)
     for name, known in (("datasets", DATASETS), ("backbones", BACKBONES)):
@@ -63,11 +65,12 @@ def trial(args, dataset, backbone, number, flags):
             "minutes": round(load_lines(run / "log.jsonl")[-1]["seconds"] / 60, 1)}
 
 
-def tune(args, dataset, backbone):
-    """All trials of one backbone, greedily."""
+def tune(args, dataset, backbone, known):
+    """All trials of one backbone, greedily. known: {flags: line} of those that are not to be trained again."""
     best, lines = None, []
     for number, change in enumerate(TRIALS):
-        line = trial(args, dataset, backbone, number, merged(best["flags"] if best else "", change))
+        flags = merged(best["flags"] if best else "", change)
+        line = known.get(flags) or trial(args, dataset, backbone, number, flags)
         lines.append(line)
         if best is None or line["recall@50"] > best["recall@50"]:
             best = line
@@ -82,10 +85,11 @@ def main(argv=None):
         if not (args.data_dir / folder_of(dataset, "file-order") / "01_preprocess" / "manifest.json").is_file():
             raise UserError(f"{args.data_dir / folder_of(dataset, 'file-order')} has no output of stage 01; make it with "
                             f"`bash run_all.sh --reproduce --only table1,table4 --datasets {dataset}`")
+        path = experiments.tuning_path(dataset)
         for backbone in args.backbones:
-            found = tune(args, dataset, backbone)
-            path = experiments.tuning_path(dataset)
-            save_json(path, (load_json(path) if path.is_file() else {}) | {backbone: found})
+            before = load_json(path) if path.is_file() else {}
+            known = {line["flags"]: line for line in before.get(backbone, {}).get("trials", ()) if args.reuse}
+            save_json(path, before | {backbone: tune(args, dataset, backbone, known)})
 
 
 if __name__ == "__main__":

@@ -170,12 +170,12 @@ def test_tuning_is_greedy_and_gives_all_the_same_trainings(monkeypatch, tuning_f
     def trial(args, dataset, backbone, number, flags):
         asked.append((backbone, number))
         score = .1 + .02 * ("--horizon" in flags) + .01 * ("--dropout 0.3" in flags) - .001 * ("--loss" in flags) - .002 * ("--learning-rate" in flags)
-        return {"flags": flags, "recall@50": score - .001 * ("--init-std" in flags) - .001 * ("--average" in flags), "best_iteration": 200, "minutes": 1.0}
+        return {"flags": flags, "recall@50": score - .001 * ("--event-dropout" in flags), "best_iteration": 200, "minutes": 1.0}
 
     monkeypatch.setattr(tune, "trial", trial)
     args = tune.parse(["--backbones", "sasrec,mind"])
     for backbone in args.backbones:
-        found = tune.tune(args, "sample", backbone)
+        found = tune.tune(args, "sample", backbone, {})
         assert found["flags"] == "--horizon 100 --dropout 0.3" and found["recall@50"] == pytest.approx(.13)
         assert [t["flags"] for t in found["trials"]][:4] == ["", "--horizon 100", "--horizon 100 --dropout 0.3", "--horizon 100 --dropout 0.5"]
     assert asked == [(b, n) for b in ("sasrec", "mind") for n in range(len(tune.TRIALS))]
@@ -571,6 +571,10 @@ def test_tuning_trains_once(tiny, monkeypatch, tuning_file):
     times = [p.stat().st_mtime_ns for p in (tiny / "tiny/06_train").glob("dnn-tune-*/model.pt2")]
     tune.main(arguments)
     assert len(times) == 2 and times == [p.stat().st_mtime_ns for p in (tiny / "tiny/06_train").glob("dnn-tune-*/model.pt2")]
+    before = tuning_file.read_text()
+    shutil.rmtree(tiny / "tiny/06_train/dnn-tune-0")
+    tune.main([*arguments, "--reuse"])
+    assert tuning_file.read_text() == before and not (tiny / "tiny/06_train/dnn-tune-0").exists()
     with pytest.raises(UserError, match="dnn-tune-0 ended with exit code 2, for the reason above"):
         tune.main([*arguments[:-1], "--dim 0"])
     with pytest.raises(UserError, match="has no output of stage 01"):
