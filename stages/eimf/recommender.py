@@ -26,7 +26,7 @@ from .ranking import interests_of, rank
 encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode  # json.dumps makes a new encoder in every call
 BECAUSE = 3  # history items named as the reason of an interest
 # Items above which `auto` may take the HNSW index. At 300,000, for a single user and a recall of .99, exact search was still more than
-# four times as fast (`csrc/bench/bench.py`).
+# twice as fast, at a million more than three times (`csrc/bench/bench.py`); vectors that are easier to search may differ.
 CROSSOVER_ITEMS = 300_000
 MODEL_BATCH = 64  # histories in one model call: with more, what it computes no longer stays in the processor's cache
 
