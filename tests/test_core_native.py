@@ -83,7 +83,7 @@ def test_c_api_under_sanitizers(tmp_path, sanitizer):
     flags = [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
     if subprocess.run([compiler, *flags, probe, "-o", tmp_path / "probe"], capture_output=True).returncode:
         pytest.skip(f"{compiler} has no {sanitizer} sanitizer")
-    objects = compiled(tmp_path, compiler, *flags, "-g", "-O1", sources=[*SOURCES, CHECK])
+    objects = compiled(tmp_path, compiler, *flags, "-g1", "-O1", sources=[*SOURCES, CHECK])
     command(compiler, *flags, "-pthread", *objects, "-o", tmp_path / "check")
     size = ["quick"] if sanitizer == "thread" else []  # slow under that one
     assert command(tmp_path / "check", *size) == "all checks passed\n"
