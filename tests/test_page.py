@@ -81,10 +81,10 @@ def test_search_add_remove_and_slide_with_the_keyboard_alone(data, port, open_pa
     assert len(popular) == 20 and page.locator("#fallback").is_visible() and page.locator("h2", has_text="Most popular").is_visible()
     page.keyboard.press("/")
     page.keyboard.type("thing 40")
-    page.wait_for_selector("#found li[aria-selected=true]")
-    page.keyboard.press("Enter")
+    page.keyboard.press("Enter")  # which waits for what these words find
     counted(page, "#history li", 1)
     page.keyboard.type("thing num")
+    page.wait_for_selector("#found[aria-busy=false]")
     counted(page, "#found li", 12)
     second = page.locator("#found li").nth(1).text_content()
     page.keyboard.press("ArrowDown")
