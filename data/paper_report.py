@@ -40,8 +40,8 @@ ABOUT_CONTROLS = (
 ABOUT_BEST = (
     "Settings that the paper does not have, chosen on validation users: what --recipe best of stage 06 sets. The controls have them too.")
 ABOUT_TUNED = (
-    "On a data set each backbone had the same number of trainings (data/tune.py), on validation users of the file-order split: one setting after the other, kept if "
-    "validation Recall@50 rose. EIMF takes the settings of its backbone and was not tuned. No text in the item vectors, but for LLM2BERT4Rec.")
+    "On a data set each backbone had the same number of trainings (data/tune.py), on validation users of the file-order split: one setting "
+    "after the other, kept if validation Recall@50 rose. EIMF takes the settings of its backbone and was not tuned. No text in the item vectors, but for LLM2BERT4Rec.")
 ABOUT_SPLITS = (
     "The published numbers use the file-order split, whose test users share late items; the random split tells what to expect on new users. Set "
     "order repeats the published NDCG computation, which ignores ranks; it is there for the published columns only.")

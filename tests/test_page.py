@@ -81,7 +81,9 @@ def test_search_add_remove_and_slide_with_the_keyboard_alone(data, port, open_pa
     assert len(popular) == 20 and page.locator("#fallback").is_visible() and page.locator("h2", has_text="Most popular").is_visible()
     page.keyboard.press("/")
     page.keyboard.type("thing 40")
-    page.keyboard.press("Enter")  # which waits for what these words find
+    page.wait_for_selector("#found[aria-busy=false]")
+    page.wait_for_selector("#found li[aria-selected=true]")
+    page.keyboard.press("Enter")
     counted(page, "#history li", 1)
     page.keyboard.type("thing num")
     page.wait_for_selector("#found[aria-busy=false]")
@@ -156,6 +158,18 @@ def test_columns_show_labels_reasons_and_where_they_come_from(data, port, open_p
     page.locator("#user").press("Enter")
     page.wait_for_selector("#problem:not([hidden])")
     assert "nobody" in page.locator("#problem").text_content()
+
+
+def test_enter_waits_for_what_the_present_words_find(port, open_page):
+    page = open_page(port)
+    ready(page)
+    page.keyboard.press("/")
+    page.keyboard.type("thing num")
+    page.wait_for_selector("#found[aria-busy=false]")
+    page.locator("#search").fill("thing 40")  # the list is still that of other words
+    page.keyboard.press("Enter")
+    counted(page, "#history li", 1)
+    assert history(page) == ["Thing number 40"]
 
 
 def test_titles_are_shown_as_text(port, open_page):

@@ -530,7 +530,7 @@ def test_cold_items_and_short_histories_by_hand(tmp_path):
 def test_the_sample_from_run_all_to_the_report(sample):
     """run_all.sh --reproduce on the sample with few steps: killed half-way, taken up again, then nothing is left to do."""
     checkout, _ = sample
-    arguments = ["--reproduce", "--datasets", "sample", "--only", "table1,headline", "--seeds", "2", "--jobs", "2", "--train-args",
+    arguments = ["--reproduce", "--datasets", "sample", "--only", "table1,headline,fig3", "--seeds", "2", "--jobs", "2", "--train-args",
                  "--max-iterations 20 --validate-every 10 --text-dim 32"]
     environment = os.environ | {"VIRTUAL_ENV": sys.prefix}
     process = subprocess.Popen(["bash", "run_all.sh", *arguments], cwd=checkout, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -545,7 +545,7 @@ def test_the_sample_from_run_all_to_the_report(sample):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     found = json.loads((checkout / "data/reproduction/numbers.json").read_text())
     models = {m["model"]: m for m in found["models"]}
-    assert set(models) == {"remi", "remi-eimf", *experiments.CONTROLS}
+    assert set(models) == {"remi", "remi-eimf", *experiments.CONTROLS, *experiments.ABLATIONS}
     assert all(m["seeds"] == [0, 1] for m in models.values())
     folders = [np.load(root / f"07_evaluate/remi-s{s}/test_values.npy") for s in (0, 1)]
     column = json.loads((root / "07_evaluate/remi-s0/metrics.json").read_text())["columns"].index("recall@50")
