@@ -7,4 +7,4 @@ if [ "${1:-}" = --help ] || [ "${1:-}" = -h ]; then sed -n 's/^# //p' tests/run.
 selection=(-m "not slow and not browser")
 if [ "${1:-}" = --all ]; then selection=(); shift; fi
 bash run_all.sh --setup-only test
-exec "${VIRTUAL_ENV:-${CONDA_PREFIX:-.venv}}/bin/python" -m pytest -n 2 --dist loadgroup --no-loadscope-reorder ${selection[@]+"${selection[@]}"} "$@"
+exec "${VIRTUAL_ENV:-${CONDA_PREFIX:-.venv}}/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder ${selection[@]+"${selection[@]}"} "$@"

@@ -112,7 +112,7 @@ def test_office_with_recorded_answers(checkout, shared):
     """Real data, real LLM answers, few steps: published statistics, and every model beats popularity."""
     answers = shared / "llm" / "Office_Products.responses.jsonl.gz"
     done = run_all(checkout, "--dataset", "Office_Products", "--raw-dir", shared / "data/raw", "--split", "file-order", "--llm", "recorded",
-                   "--llm-args", f"--responses {answers} --match user", "--train-args", "--max-iterations 800 --text-dim 128")
+                   "--llm-args", f"--responses {answers} --match user", "--train-args", "--max-iterations 1200 --text-dim 128")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     data = checkout / "data/Office_Products-file-order"
     stats = load_json(data / "01_preprocess/stats.json")
