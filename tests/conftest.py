@@ -140,8 +140,13 @@ def sample(checkout):
     return checkout, done.stdout
 
 
+CHECKOUT_FILES = ("test_pipeline.py", "test_readme.py", "test_reproduce.py", "test_serve.py")
+
+
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: "checkout" not in item.fixturenames)  # what takes longest comes first
+    for item in items:
+        assert "checkout" not in item.fixturenames or item.path.name in CHECKOUT_FILES, f"{item.path.name} uses the checkout; add it to CHECKOUT_FILES"
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -157,7 +162,7 @@ def pytest_xdist_make_scheduler(config, log):
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid):
             file = super()._split_scope(nodeid)
-            return "checkout" if Path(file).name in ("test_pipeline.py", "test_readme.py", "test_reproduce.py") else file
+            return "checkout" if Path(file).name in CHECKOUT_FILES else file
     return Scheduling(config, log)
 
 
