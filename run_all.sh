@@ -17,7 +17,7 @@ jobs=1               # trainings at a time, each on its share of the cores
 encoder=minilm       # text encoder: minilm (bundled), a hub name or a folder
 llm=offline          # explicit interests from: offline, openai or recorded
 llm_args=            # further arguments of stage 04, in one string
-train_args=          # further arguments of stage 06, in one string
+train_args=          # further arguments of stage 06, in one string; the sample has --text-dim 128 --patience 5 before them
 reproduce=           # the paper's tables and figures; what follows goes to data/reproduce.py (a switch)
 setup_only=          # set up with this extra of pyproject.toml (pipeline or test) and stop
 
@@ -76,7 +76,7 @@ fi
 [ -z "$setup_only" ] || exit 0
 [ -z "$reproduce" ] || exec "$python" data/reproduce.py --raw-dir "$raw_dir" $download "$@"
 
-[ "$dataset" != sample ] || train_args="--text-dim 128 --patience 5 $train_args"  # as good there, in two thirds of the time
+[ "$dataset" != sample ] || train_args="--text-dim 128 --patience 5 $train_args"  # as good there, and faster
 folder=$dataset; [ "$split" = random ] || folder=$dataset-$split  # one folder under data/ for each split
 within() { [ "$1" -ge "$stage" ] && [ "$1" -le "$stop_stage" ]; }
 run() {  # run NAME ARGUMENTS: one stage, unless it lies outside --stage .. --stop-stage
