@@ -18,7 +18,7 @@ from setuptools.command.build_ext import build_ext
 HERE = Path(__file__).resolve().parent
 SOURCES = sorted(path.relative_to(HERE).as_posix() for path in (HERE / "csrc").glob("*.cpp"))
 HEADERS = sorted(path.relative_to(HERE).as_posix() for pattern in ("*.h", "*.hpp", "*.inc") for path in (HERE / "csrc").glob(pattern))
-FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-Wall", "-Wextra", "-fvisibility=hidden", "-pthread"]
+FLAGS = ["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-Wall", "-Wextra", "-fvisibility=hidden", "-pthread"]
 
 COMPILER_HINT = ("no working C++17 compiler was found ({}). Install one and run the same command again: "
                  "`apt install g++` (Debian, Ubuntu), `dnf install gcc-c++` (Fedora, RHEL), `xcode-select --install` (macOS).")

@@ -43,10 +43,10 @@ def run_examples(build):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shared", ["OFF", "ON"])
-def test_examples_against_the_installed_package(tmp_path, shared):
+@pytest.mark.parametrize("shared, build_type", [("OFF", "Release"), ("ON", "Debug")])
+def test_examples_against_the_installed_package(tmp_path, shared, build_type):
     cmake = tool("cmake")
-    command(cmake, "-S", CSRC, "-B", tmp_path / "build", f"-DBUILD_SHARED_LIBS={shared}")
+    command(cmake, "-S", CSRC, "-B", tmp_path / "build", f"-DBUILD_SHARED_LIBS={shared}", f"-DCMAKE_BUILD_TYPE={build_type}")
     command(cmake, "--build", tmp_path / "build", "-j2")
     command(cmake, "--install", tmp_path / "build", "--prefix", tmp_path / "prefix")
     assert (tmp_path / "prefix" / "include" / "eimf.h").is_file()
@@ -58,7 +58,7 @@ def test_examples_against_the_installed_package(tmp_path, shared):
 @pytest.mark.slow
 def test_examples_by_fetch_content(tmp_path):
     cmake = tool("cmake")
-    command(cmake, "-S", CSRC / "examples", "-B", tmp_path, f"-DEIMF_SOURCE={CSRC}")
+    command(cmake, "-S", CSRC / "examples", "-B", tmp_path, f"-DEIMF_SOURCE={CSRC}", "-DCMAKE_BUILD_TYPE=Debug")
     command(cmake, "--build", tmp_path, "-j2")
     run_examples(tmp_path)
 
