@@ -50,8 +50,13 @@ number() {  # 3, 03, 03_cluster_users or cluster_users -> 3
   misuse "there is no stage '$1'; give a number from 1 to 8 or a name such as 03_cluster_users"
 }
 stage=$(number "$stage"); stop_stage=$(number "$stop_stage")
+[ "$stage" -le "$stop_stage" ] || misuse "--stage $stage comes after --stop-stage $stop_stage, so nothing would be run"
 for n in "$seeds" "$jobs"; do [[ $n =~ ^[1-9][0-9]*$ ]] || misuse "--seeds and --jobs take whole numbers from 1, got '$n'"; done
 case $split in random|file-order|leave-one-out) ;; *) misuse "--split is random, file-order or leave-one-out, got '$split'" ;; esac
+case $recipe in paper|best) ;; *) misuse "--recipe is paper or best, got '$recipe'" ;; esac
+[ "$backbone" != pop ] || misuse "popularity is trained beside any --backbone and cannot be taught; to have it alone: python stages/06_train.py --backbone pop"
+case " $train_args " in *" --run"[\ =]*|*" --seed"[\ =]*|*" --eimf "*|*" --control"[\ =]*|*" --backbone"[\ =]*|*" --recipe"[\ =]*|*" --dataset"[\ =]*)
+  misuse "--train-args holds one of --run, --seed, --eimf, --control, --backbone, --recipe and --dataset, which are set here for each training; got '$train_args'" ;; esac
 
 # Set-up: once, and again only when what it installs has changed.
 environment=${VIRTUAL_ENV:-${CONDA_PREFIX:-.venv}}
@@ -91,15 +96,16 @@ run 03_cluster_users --skip-done
 run 04_infer_interests --skip-done --llm "$llm" $llm_args
 run 05_encode_interests --skip-done
 if within 6; then
+  name=$(printf %q "$backbone")  # xargs takes blanks and quotes apart
   { echo --backbone pop
     for ((seed = 0; seed < seeds; seed++)); do  # unquoted: a blank at a line's end would join it to the next
-      echo --backbone "$backbone" --recipe "$recipe" --seed $seed $train_args
+      echo --backbone "$name" --recipe "$recipe" --seed $seed $train_args
       for control in "" ${controls:+"--control random-text" "--control shuffled-clusters"}; do
-        echo --backbone "$backbone" --recipe "$recipe" --seed $seed --eimf $control $train_args
+        echo --backbone "$name" --recipe "$recipe" --seed $seed --eimf $control $train_args
       done
     done
   } | xargs -t -L 1 -P "$jobs" "$python" stages/06_train.py --dataset "$folder" --skip-done \
-        --threads $(( ($(getconf _NPROCESSORS_ONLN) + jobs - 1) / jobs ))
+        --threads $(( ($(getconf _NPROCESSORS_ONLN) + jobs - 1) / jobs )) || die "not every training ended well, see above"
 fi
 run 07_evaluate --skip-done
 model=${backbone##*:}; [ "$recipe" = paper ] || model+=-$recipe  # as 06 names its runs

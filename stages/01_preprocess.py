@@ -24,6 +24,7 @@ Exact copies of an event (same user, item and time) are dropped first. Then item
 numbered by descending number of events, ties by first appearance in the file; users by first appearance. Events of
 the same time keep the order of the file.
 """
+import time
 from pathlib import Path
 
 import numpy as np
@@ -160,6 +161,16 @@ def renumbered(users, items):
     return kept_users, offsets, kept_items, number[items]
 
 
+def doubtful(first, last, scale):
+    """What speaks against the unit of the times, milliseconds of the first and last event; None if nothing does."""
+    if 19_000_101 * scale <= first and last <= 21_001_231 * scale:
+        return "times such as {} are read as numbers, not as dates; if they are dates, write them as 2023-01-13".format(first // scale)
+    if last > (time.time() + 366 * 86400) * 1000:
+        unit = "s" if scale == 1000 else "ms"
+        return f"the last event lies more than a year ahead; times are read as {unit}, see --time-unit"
+    return None
+
+
 def split_users(n, kind, seed):
     """uint8 (n,): the first int(0.8 n) users of the order train, the next int(0.1 n) valid, the rest test."""
     split = np.full(n, TRAIN, np.uint8)
@@ -175,10 +186,15 @@ def split_users(n, kind, seed):
 
 
 def add_metadata(rows, path, form, given, report):
-    """Fill in `rows` (id -> title, categories, brand) from the metadata; each comes from the first line that has it."""
+    """Fill in `rows` (id -> title, categories, brand) from the metadata; each comes from the first line that has it.
+
+    Returns whether there was any line about one of them.
+    """
     required = [column for column in ("title", "categories", "brand") if column in given]
+    found = False
     for key, *fields in read_items(path, form, FORMATS[form] | given, rows, report, required):
-        rows[key] = tuple(old or new for old, new in zip(rows[key], fields))
+        rows[key], found = tuple(old or new for old, new in zip(rows[key], fields)), True
+    return found
 
 
 def main(argv=None):
@@ -215,6 +231,11 @@ def main(argv=None):
         raise UserError(f"{interactions}: nothing is left of {read:,} interactions by {len(user_ids):,} users with "
                         f"{len(item_ids):,} items when each needs {args.min_interactions}; lower --min-interactions")
 
+    if doubt := doubtful(int(times.min()), int(times.max()), scale):
+        stage.log.warning("%s: %s", interactions, doubt)
+    for what, ids in (("user", user_ids), ("item", item_ids)):
+        if len(padded := ids[np.strings.strip(ids) != ids]):
+            stage.log.warning("%s: %d %s ids begin or end with a blank, such as %r; it is taken as a part of the id", interactions, len(padded), what, padded[0])
     kept_users, offsets, kept_items, items = renumbered(users, items)
     del users, keep
     split = split_users(len(kept_users), args.split, args.seed)
@@ -225,7 +246,9 @@ def main(argv=None):
         item_form = detect(metadata, given.values())
         same_kind = item_form.startswith("amazon") == form.startswith("amazon")  # else the flags are not about this file
         reports.append(Report(metadata))
-        add_metadata(rows, metadata, item_form, given if same_kind else {}, reports[1])
+        if not add_metadata(rows, metadata, item_form, given if same_kind else {}, reports[1]):
+            stage.log.warning("%s: no line is about any of the %d items that are kept, such as %r; are the ids of both files the same?",
+                              metadata, len(rows), next(iter(rows)))
     elif not form.startswith("amazon"):  # titles may stand beside the interactions
         add_metadata(rows, interactions, form, given, Report(interactions))
 

@@ -446,6 +446,26 @@ def test_id_of_a_broken_line_is_no_user(preprocess):
     assert "phantom" not in [row["id"] for row in load_lines(folder / "items.jsonl")]
 
 
+def test_blanks_after_the_commas_of_a_csv_are_named(preprocess):
+    text = (preprocess(csv_text(dense()).replace(",", ", ")) / "stage.log").read_text()
+    assert "6 item ids begin or end with a blank, such as ' i0'" in text and "user ids" not in text
+
+
+@pytest.mark.parametrize("arguments, time, warning", [
+    ((), "20230113", "write them as 2023-01-13"), ((), "1700000000123", "read as s, see --time-unit"), ((), "1700000000", None),
+    (("--time-unit", "ms"), "1700000000123", None), ((), "5", None)])
+def test_times_that_cannot_be_meant_are_named(preprocess, arguments, time, warning):
+    text = (preprocess(csv_text([(u, i, time) for u, i, _ in dense()]), *arguments) / "stage.log").read_text()
+    assert warning in text if warning else "WARNING" not in text
+
+
+def test_metadata_of_other_items_is_named(preprocess):
+    header = ("item_id", "title")
+    text = (preprocess(csv_text(dense()), items=csv_text([("I1", "A title")], header)) / "stage.log").read_text()
+    assert "no line is about any of the 6 items that are kept, such as 'i0'" in text
+    assert "no line" not in (preprocess(csv_text(dense()), items=csv_text([("i1", "A title")], header), dataset="e") / "stage.log").read_text()
+
+
 GOOD = csv_text(dense())
 REFUSED = [
     ("empty", b"", "x.csv", [], "the file is empty"),
@@ -464,6 +484,13 @@ REFUSED = [
     ("wrong format", amazon(dense()), "x.json", ["--format", "recbole"], "no column user_id, item_id, timestamp"),
     ("latin-1", csv_text([(f"é{u}", i, t) for u, i, t in dense()]).encode("latin-1"), "x.csv", [], "not UTF-8"),
     ("utf-16", GOOD.encode("utf-16"), "x.csv", [], "UTF-16 text"),
+    ("zip", b"PK\x03\x04" + bytes(60), "x.csv", [], "a zip file; expected UTF-8 text, plain or gzipped"),
+    ("parquet", b"PAR1" + b"x" * 60, "x.csv", [], "a parquet file"),
+    ("binary", b"user_id,item_id\0,timestamp\n", "x.csv", [], "a binary file"),
+    ("carriage returns", GOOD.replace("\n", "\r"), "x.csv", [], "lines end with a carriage return alone"),
+    ("control characters", "a\x1b[2J,b\n1,2\n", "x.csv", [], r"columns found: 'a\\x1b\[2J', b"),
+    ("many columns", ",".join(f"c{n}" for n in range(500)) + "\n", "x.csv", [], r"c19, \.\.\.\. Name yours"),
+    ("long ids", csv_text([(u, f"{i}" * 600, t) for u, i, t in dense()]), "x.csv", [], "has 1,200 characters, at most 1,024"),
     ("cut gzip", gzip.compress(amazon(dense(200)).encode())[:-200], "x.json.gz", [], "incomplete gzip"),
     ("damaged gzip", gzip.compress(amazon(dense()).encode())[:-8] + bytes(8), "x.json.gz", [], "damaged or incomplete gzip"),
     ("html", "<html>\n<body>404 Not Found</body>\n</html>\n", "x.json.gz", [], "no column user_id"),

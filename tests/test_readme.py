@@ -208,7 +208,9 @@ def wait_for(url):
 
 
 def test_misuse_exits_2_with_usage_and_prompts_for_nothing(root):
-    for arguments in (["--bogus"], ["--seeds"], ["--seeds", "x"], ["--stage", "nine"], ["--split", "half"]):
+    for arguments in (["--bogus"], ["--seeds"], ["--seeds", "x"], ["--stage", "nine"], ["--split", "half"],
+                      ["--stage", "6", "--stop-stage", "3"], ["--recipe", "nope"], ["--backbone", "pop"], ["--train-args", "--dim 8 --run mine"],
+                      ["--train-args", "--seed=3"]):
         done = subprocess.run(["bash", "run_all.sh", *arguments], cwd=root, capture_output=True, text=True,
                               stdin=subprocess.DEVNULL, timeout=60)
         assert done.returncode == 2 and "usage: bash run_all.sh" in done.stderr, (arguments, done)

@@ -1,4 +1,5 @@
 """Stage 08 over HTTP: answers, errors, limits, token, health, metrics, hot reload, load, hostile clients, shutdown."""
+import asyncio
 import concurrent.futures
 import contextlib
 import http.client
@@ -128,7 +129,7 @@ def test_the_page_may_run_only_its_own_script(client):
     (b'{"history": [], "k": true}', 422, "invalid_request"), (b'{"history": [], "k": 2.5}', 422, "invalid_request"), (b'{"history": [], "diversity": NaN}', 422, "invalid_request"),
     (b'{"history": [], "diversity": 1.01}', 422, "invalid_request"), (b'{"history": [], "diversity": -1e-9}', 422, "invalid_request"),
     (b'{"history": [], "k": %d}' % (service.LIMITS["k"] + 1), 422, "invalid_request"), (b'{"history": [], "nope": 1}', 422, "invalid_request"),
-    (b'{"history": [""]}', 422, "invalid_request"), (b'{"history": ["%s"]}' % (b"a" * 257), 422, "invalid_request"),
+    (b'{"history": [""]}', 422, "invalid_request"), (b'{"history": ["%s"]}' % (b"a" * (service.LIMITS["id_characters"] + 1)), 422, "invalid_request"),
     (b'{"history": [%s]}' % b",".join([b'"a"'] * (service.LIMITS["history"] + 1)), 422, "invalid_request"),
     (b'{"history": [], "allow_categories": [%s]}' % b",".join([b'"a"'] * 101), 422, "invalid_request"),
     (b'{"user_id": "nobody"}', 404, "unknown_user"), (b" " * (service.LIMITS["body_bytes"] + 1), 413, "too_large")])
@@ -210,6 +211,35 @@ def test_more_than_can_wait_is_refused_at_once(data, monkeypatch):
         assert client.post("/recommend/batch", json={"requests": [{"history": []}] * 3}).status_code == 200
 
 
+def test_a_large_batch_is_answered_in_parts_and_others_come_in_between(data, monkeypatch):
+    monkeypatch.setattr(server, "MAX_ROWS", 100)
+    requests = [{"history": ids(n % 60 + 1), "k": 10, "per_interest": 10 * (n % 2)} for n in range(40)]  # rows: 10 and 40 each
+    with TestClient(service.create(settings(data))) as client:
+        gate = client.app
+        single = [client.post("/recommend", json=r).json() for r in requests]
+        sizes, recommend = [], gate.live.current.recommend
+        monkeypatch.setattr(gate.live.current, "recommend", lambda queries: sizes.append(len(queries)) or recommend(queries))
+        assert client.post("/recommend/batch", json={"requests": requests}).json()["results"] == single
+        assert sum(sizes) == 40 and max(sizes) <= 5 and gate.service.batcher.waiting == 0
+        order = []
+
+        async def both():
+            async def ask(name, n):
+                await gate.service.batcher.ask([Query(ids(5), k=100)] * n)
+                order.append(name)
+            await asyncio.gather(ask("large", 20), ask("small", 1))
+        client.portal.call(both)
+        assert order == ["small", "large"]
+
+
+def test_a_head_request_a_slash_too_many_and_few_open_files(client, monkeypatch):
+    assert [client.head(path).status_code for path in ("/health", "/")] == [200, 200]
+    assert client.get("/health/", follow_redirects=False).status_code == 404
+    for files, expected in ((100_000, server.MAX_CONNECTIONS), (1024, 768), (128, 64)):
+        monkeypatch.setattr(server.resource, "getrlimit", lambda kind: (files, files))
+        assert server.most_connections() == expected
+
+
 def test_metrics_count(data):
     with TestClient(service.create(settings(data))) as client:
         for _ in range(3):
@@ -278,6 +308,38 @@ def test_a_new_export_is_swapped_in_and_a_broken_one_refused(data, tmp_path, cap
     assert live.poll() == "loaded" and live.refused is None
     answer, old = (r.recommend([Query(ids(5, 40), k=6)])[0] for r in (live.current, first))
     assert answer.items == oracle(copy, [5, 40], 6, {5, 40})[0] != old.items
+
+
+def test_an_export_that_is_copied_file_by_file_is_loaded_once_it_is_complete(data, tmp_path, caplog):
+    copy, new = (shutil.copytree(data, tmp_path / name) for name in ("data", "new"))
+    retrain(new, 1)
+    live = server.Live(settings(copy))
+    first, source, target = live.current, new / "tiny" / "06_train" / RUN, copy / "tiny" / "06_train" / RUN
+    for file in ("manifest.json", "config.json", "model.pt2"):
+        shutil.copy(source / file, target / file)
+        assert live.poll() == "refused" and live.poll() is None and live.current is first
+    shutil.copytree(source, target, dirs_exist_ok=True)
+    assert live.poll() == "loaded" and live.refused is None and live.current.manifest == load_json(source / "manifest.json")
+
+
+def test_what_keeps_the_server_from_looking_is_logged_once_and_does_not_end_the_looking(data, tmp_path, caplog, monkeypatch):
+    copy = shutil.copytree(data, tmp_path / "data")
+    live = server.Live(settings(copy))
+
+    def fail(*arguments):
+        raise OSError(24, "Too many open files")
+    monkeypatch.setattr(server, "fingerprint", fail)
+    assert live.poll() == "refused" and live.poll() is None and caplog.text.count("Too many open files") == 1
+    monkeypatch.undo()
+    assert live.poll() is None and live.refused is None
+    trained = copy / "tiny" / "06_train" / RUN
+    trained.rename(tmp_path / "away")
+    trained.touch()  # a file where the folder was
+    assert live.poll() is None
+    trained.unlink()
+    (tmp_path / "away").rename(trained)
+    retrain(copy, 1)
+    assert live.poll() == "loaded"
 
 
 def test_the_run_in_use_is_not_left_while_it_trains_again(data, tmp_path):

@@ -35,10 +35,12 @@ FORMATS = {  # names of the fields
     "recbole": DELIMITED, "csv": DELIMITED, "tsv": DELIMITED,
 }
 BROKEN_LIMIT = 0.01
+ID_CHARACTERS = 1024  # of an id at most; the server bounds what it is sent by the same number
 INT64_MAX = 2**63 - 1
 # An id is one line of users.txt, so no control characters; lone surrogates stand for bytes that are not UTF-8.
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 SURROGATE = re.compile("[\ud800-\udfff]")
+BINARY = {b"PK\x03\x04": "a zip", b"\xfd7zXZ": "an xz", b"BZh": "a bzip2", b"\x28\xb5\x2f\xfd": "a zstd", b"PAR1": "a parquet"}
 # The public 2014 metadata lines begin with the id; reading it alone saves parsing the items that no event names.
 LEADING_ID = re.compile(r"""\s*\{\s*(['"])(?:parent_)?asin\1\s*:\s*(['"])([\w-]+)\2\s*[,}]""")
 
@@ -100,6 +102,8 @@ def check_id(key, what):
         raise BadLine(f"the {what} is {key!r:.40}, not a string")
     if not key.strip():
         raise BadLine(f"the {what} is empty")
+    if len(key) > ID_CHARACTERS:
+        raise BadLine(f"the {what} {key[:40]!r}... has {len(key):,} characters, at most {ID_CHARACTERS:,} are allowed")
     if CONTROL.search(key):
         raise BadLine(f"control character in the {what} {key!r:.60}")
     if SURROGATE.search(key):
@@ -111,11 +115,15 @@ def open_text(path):
     """Open a plain or gzipped UTF-8 file (told by its first bytes) for reading; yields (text file, raw file)."""
     try:
         with open(path, "rb") as raw:
-            start = raw.read(2)
+            start = raw.read(1 << 12)
             raw.seek(0)
-            if start in (b"\xff\xfe", b"\xfe\xff"):
+            if start.startswith((b"\xff\xfe", b"\xfe\xff")):
                 raise UserError(f"{path}: UTF-16 text; expected UTF-8. Convert it: iconv -f utf-16 -t utf-8")
-            data = gzip.GzipFile(fileobj=raw) if start == b"\x1f\x8b" else raw
+            zipped = start.startswith(b"\x1f\x8b")
+            kind = next((kind for magic, kind in BINARY.items() if start.startswith(magic)), "a binary" if b"\0" in start else None)
+            if kind and not zipped:
+                raise UserError(f"{path}: {kind} file; expected UTF-8 text, plain or gzipped")
+            data = gzip.GzipFile(fileobj=raw) if zipped else raw
             yield io.TextIOWrapper(io.BufferedReader(data, 1 << 18), encoding="utf-8-sig", errors="surrogateescape",
                                    newline="\n"), raw
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -225,7 +233,8 @@ def records(path, form, report, wanted=None):
             try:
                 header = next(reader, [])
             except csv.Error as error:
-                raise UserError(f"{path}: the header cannot be read ({error})") from None
+                reason = "its lines end with a carriage return alone; convert them: tr '\\r' '\\n'" if "new-line" in str(error) else error
+                raise UserError(f"{path}: the header cannot be read ({reason})") from None
             names = [name.split(":")[0] if form == "recbole" else name.strip() for name in header]
             yield names
             source = _rows(reader, len(names), report)
@@ -246,7 +255,8 @@ def field_keys(names, fields, columns, required, path):
         return {c: fields[c] for c in columns}
     missing = [fields[c] for c in required if fields[c] not in names]
     if missing:
-        raise UserError(f"{path}: no column {', '.join(missing)}; columns found: {', '.join(names) or 'none'}. "
+        found = ", ".join(name[:40] if name[:40].isprintable() else repr(name[:40]) for name in names[:20]) or "none"
+        raise UserError(f"{path}: no column {', '.join(missing)}; columns found: {found}{', ...' * (len(names) > 20)}. "
                         "Name yours with --user-column, --item-column, --time-column, --title-column, --category-column")
     return {c: names.index(fields[c]) for c in columns if fields[c] in names}
 

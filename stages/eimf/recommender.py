@@ -97,6 +97,7 @@ class Recommender:
         self.titles_index = TitleIndex(self.titles, self.ids, self.popular)
         self._load_labels(trained)
         self.model = load_export(trained / "model.pt2", bare=True)
+        self.n_interests = interests_of(self.model, np.zeros((1, self.max_len), dtype=np.int64))[0].shape[1]
         self.retrieval, self.index = self._choose_retrieval(stage, retrieval), None
         if self.retrieval == "hnsw":
             self._load_index(stage)
@@ -316,6 +317,10 @@ class Recommender:
             piece = self.pieces[number] = brief, brief + place, f'{brief}{place}, "category": {encode(self.category[number])}'
         return piece
 
+    def rows(self, query):
+        """How many items an answer may name, which is what writing it takes time for."""
+        return query.k + (query.per_interest * self.n_interests if query.explain else 0)
+
     def describe(self, answers):
         """Answers as JSON objects, see to_json."""
         return [json.loads(text) for text in self.to_json(answers)]
@@ -474,22 +479,45 @@ def fingerprint(root, run):
     that nothing was written in between.
     """
     digest = hashlib.sha256()
-    for folder, needed in (("01_preprocess", True), (f"06_train/{run}", True), (f"07_evaluate/{run}", False)):
+    for folder in served_folders(root, run):
         try:
-            digest.update((root / folder / "manifest.json").read_bytes())
-        except FileNotFoundError:
-            if needed:
+            digest.update((folder / "manifest.json").read_bytes())
+        except (FileNotFoundError, NotADirectoryError):
+            if folder.parent.name != "07_evaluate":
                 return None
     return digest.hexdigest()
 
 
+def served_folders(root, run):
+    """Folders that a run is served from; the last one need not be there."""
+    return root / "01_preprocess", root / "06_train" / run, root / "07_evaluate" / run
+
+
+def file_times(root, run):
+    """Path, size and time of change of each file that a run is served from, a list."""
+    found = []
+    for path in (path for folder in served_folders(root, run) if folder.is_dir() for path in sorted(folder.iterdir())):
+        try:
+            status = path.stat()
+        except FileNotFoundError:
+            continue
+        found.append((path, status.st_size, status.st_mtime_ns))
+    return found
+
+
 def choose_run(data_dir, dataset):
-    """(name, reason) of the newest finished run that EIMF taught, else of the newest. Raises UserError if there is none."""
+    """(name, reason) of the newest finished run that EIMF taught, else of the newest. Raises UserError if there is none.
+
+    A folder whose manifest or config cannot be read holds no finished run.
+    """
     folder = Path(data_dir) / dataset / "06_train"
     found = []
     for path in folder.glob("*/manifest.json"):
-        config = load_json(path.parent / "config.json")
-        found.append((bool(config["eimf"] and not config["control"]), load_json(path)["finished"], path.parent.name))
+        try:
+            config, manifest = load_json(path.parent / "config.json"), load_json(path)
+            found.append((bool(config["eimf"] and not config["control"]), manifest["finished"], path.parent.name))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
     if not found:
         raise UserError(f"no finished run in {folder}. Run: python stages/06_train.py --dataset {dataset}")
     taught, _, name = max(found)

@@ -9,6 +9,7 @@ import resource
 import socket
 import tempfile
 from collections import deque
+from itertools import islice
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,9 +18,10 @@ import uvicorn
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from .artifacts import UserError
-from .recommender import Query, Recommender, choose_run, fingerprint
+from .recommender import Query, Recommender, choose_run, file_times, fingerprint
 
 MAX_BATCH = 64  # queries in one kernel call; more only makes those in front wait for those behind
+MAX_ROWS = 4000  # and rows of their answers, which take some microseconds each to write
 GATHER_SECONDS = .0005  # pause between two kernel calls while fewer than ENOUGH wait: one call for four queries takes half the
 ENOUGH = 8  # time of four calls, and a query that comes alone does not wait. A pause of 2 ms saves a fifth of the CPU time at 1,000
 # queries a second on one core, but makes the 99th percentile of the latency 8 ms instead of 5.
@@ -28,7 +30,7 @@ SHORT = 1_000_000  # queries x items up to which a call is made by the thread th
 MAX_WAITING = 4096  # queries that may wait; beyond that the answer is 503
 CONNECTION_SECONDS = 30  # a connection that completes no response in this time is closed
 CONNECTION_BYTES = 2 << 20  # and so is one that sends more than this before a response is complete
-MAX_CONNECTIONS = 8192  # beyond that the one that has waited longest is closed
+MAX_CONNECTIONS = 8192  # beyond that the one that has waited longest is closed; fewer where the system allows fewer open files
 log = logging.getLogger("08_serve")
 
 
@@ -53,20 +55,32 @@ class Live:
         return Recommender(settings["data_dir"], settings["dataset"], run, settings["retrieval"], settings["threads"])
 
     def poll(self):
-        """Look once. Returns "loaded", "refused" or None (nothing new). The old recommender serves until the swap."""
-        if fingerprint(self.root, self.current.run) is None:
-            return None  # the run in use is being trained again; wait for it rather than change to an older one
+        """Look once. Returns "loaded", "refused" or None (nothing new). The old recommender serves until the swap.
+
+        What was refused is tried again when a file of it changes, as a manifest may be copied before the files it names.
+        """
+        found, looked = None, False
         try:
+            found = fingerprint(self.root, self.current.run)
+            if found is None:
+                return None  # the run in use is being trained again; wait for it rather than change to an older one
             run = self.settings["run"] or choose_run(self.settings["data_dir"], self.settings["dataset"])[0]
-            found = run, fingerprint(self.root, run)
-            if found[1] is None or found in ((self.current.run, self.current.fingerprint), self.refused):
+            found = run, fingerprint(self.root, run), file_times(self.root, run)
+            if found[:2] == (self.current.run, self.current.fingerprint):
+                self.refused = None
                 return None
-            self.refused = found  # until the opposite is shown
+            if found[1] is None or found == self.refused:
+                return None
+            looked = True
             fresh = self.load()
             fresh.to_json(fresh.recommend([Query(history=(fresh.ids[1],))]))
-        except Exception as error:  # whatever is wrong with a new export, the old one goes on serving
+        except Exception as error:  # whatever is wrong with a new export, or with looking for one, the old one goes on serving
+            found = found if looked else (found, repr(error))
+            if found == self.refused:
+                return None
+            self.refused = found
             log.error("a new export is refused, run %s goes on serving: %s", self.current.run, error,
-                      exc_info=not isinstance(error, UserError))
+                      exc_info=not isinstance(error, (UserError, OSError)))
             return "refused"
         old, self.current, self.refused = self.current, fresh, None
         log.info("run %s is replaced by %s, trained %s", old.run, fresh.run, fresh.manifest["finished"])
@@ -90,12 +104,12 @@ class Batcher:
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="recommend")
 
     async def ask(self, queries):
-        """JSON text of each query's answer, or the exception that it raised. Raises Overloaded."""
+        """JSON text of each query's answer, or the exception that it raised, in a list. Raises Overloaded."""
         if self.waiting + len(queries) > MAX_WAITING:
             raise Overloaded
         loop = asyncio.get_running_loop()
         future = loop.create_future()
-        self.groups.append((queries, future))
+        self.groups.append((deque(queries), [], future))  # still to be answered, answers so far
         self.waiting += len(queries)
         if not self.busy:
             self.busy = True
@@ -107,28 +121,42 @@ class Batcher:
         loop.call_at(self.ended + GATHER_SECONDS if self.waiting < ENOUGH else self.ended, self._start, loop)
 
     def _start(self, loop):
-        batch, size = [], 0
-        while self.groups and (not batch or size + len(self.groups[0][0]) <= MAX_BATCH):
-            batch.append(self.groups.popleft())
-            size += len(batch[-1][0])
-        self.waiting -= size
-        self.metrics.observe("eimf_batch_queries", size)
+        """Answer a batch: a part of each group, those that wait longest first; what is left of a group waits behind all others."""
         recommender = self.live.current  # one for the whole batch, whatever is swapped in meanwhile
+        parts, size, rows = [], 0, 0
+        for _ in range(len(self.groups)):
+            if size == MAX_BATCH or rows >= MAX_ROWS:
+                break
+            queries, _, future = group = self.groups.popleft()
+            if future.done():  # a client that went away has cancelled its own
+                self.waiting -= len(queries)
+                continue
+            part = []
+            while queries and size < MAX_BATCH and rows < MAX_ROWS:
+                part.append(queries.popleft())
+                size, rows = size + 1, rows + recommender.rows(part[-1])
+            parts.append((group, part))
+            if queries:
+                self.groups.append(group)
+        self.waiting -= size
+        if size:
+            self.metrics.observe("eimf_batch_queries", size)
         if size * len(recommender.ids) <= SHORT:
-            self._finish(batch, self._work(batch, recommender), loop)
+            self._finish(parts, self._work(parts, recommender), loop)
         else:
-            self.pool.submit(lambda: loop.call_soon_threadsafe(self._finish, batch, self._work(batch, recommender), loop))
+            self.pool.submit(lambda: loop.call_soon_threadsafe(self._finish, parts, self._work(parts, recommender), loop))
 
     @staticmethod
-    def _work(batch, recommender):
-        """Results of each group of queries, lists of JSON texts and exceptions."""
-        results = iter(answer_all(recommender, [query for queries, _ in batch for query in queries]))
-        return [[next(results) for _ in queries] for queries, _ in batch]
+    def _work(parts, recommender):
+        """JSON text or exception of each query of the parts, in one list."""
+        return answer_all(recommender, [query for _, part in parts for query in part])
 
-    def _finish(self, batch, results, loop):
-        for (_, future), result in zip(batch, results):
-            if not future.done():  # a client that went away has cancelled its own
-                future.set_result(result)
+    def _finish(self, parts, results, loop):
+        results = iter(results)
+        for (queries, answers, future), part in parts:
+            answers += islice(results, len(part))
+            if not queries and not future.done():
+                future.set_result(answers)
         self.busy, self.ended = bool(self.groups), loop.time()
         if self.busy:
             self._schedule(loop)
@@ -203,7 +231,7 @@ class Metrics:
     def request(self, route, status, seconds):
         name = f'eimf_requests_total{{route="{route}",status="{status}"}}'
         self.add(name if name in self.index else f'eimf_requests_total{{route="other",status="{status}"}}'
-                 if status in self.STATUSES else 'eimf_requests_total{route="other",status="500"}')
+                 if status in self.STATUSES else f'eimf_requests_total{{route="other",status="{500 if status >= 500 else 400}"}}')
         self.observe("eimf_request_seconds", seconds)
 
     def render(self):
@@ -250,7 +278,7 @@ class Connection(AutoHTTPProtocol):
         super().connection_made(transport)
         self.received, self.mark = 0, self.loop.time()
         self.waiting[self] = None
-        if len(self.waiting) > MAX_CONNECTIONS:
+        if len(self.waiting) > most_connections():
             next(iter(self.waiting)).abort()
         self.timer = self.loop.call_later(CONNECTION_SECONDS, self.check)
 
@@ -280,6 +308,12 @@ class Connection(AutoHTTPProtocol):
         self.waiting.pop(self, None)
         self.timer.cancel()
         super().connection_lost(exc)
+
+
+def most_connections():
+    """Connections that may be open at a time: enough files must be left to read a new export."""
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return MAX_CONNECTIONS if files == resource.RLIM_INFINITY else min(MAX_CONNECTIONS, max(files - 256, files // 2))
 
 
 def serve(settings, host, port, workers):

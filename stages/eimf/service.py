@@ -26,11 +26,12 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from .artifacts import PACKAGES, _version
+from .readers import ID_CHARACTERS
 from .recommender import Query
 from .server import Batcher, Live, Metrics, Overloaded, resident_bytes, settle_memory
 
 LIMITS = {"body_bytes": 1 << 20, "history": 5000, "exclude_items": 5000, "allow_categories": 100, "k": 500, "per_interest": 100, "batch": 256,
-          "id_characters": 256, "query_characters": 200, "search_results": 100, "map_points": 20000}
+          "id_characters": ID_CHARACTERS, "query_characters": 200, "search_results": 100, "map_points": 20000}
 TOKEN_VARIABLE = "EIMF_TOKEN"  # if set, requests need "Authorization: Bearer <its value>"
 OPEN = ("/", "/health")  # what answers without the token: the page holds no data, and load balancers have no token
 PAGE = Path(__file__).with_name("page.html")
@@ -210,9 +211,9 @@ class Service(FastAPI):
     def __init__(self, live, metrics_folder=None, workers=1, reload_seconds=2.0):
         self.live, self.stop = live, threading.Event()
         super().__init__(title="EIMF", version="0.1.0", description="Recommendations for several interests per user, with reasons.",
-                         docs_url=None, redoc_url=None, lifespan=self.run_background)  # the docs pages would load from the network
+                         docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=self.run_background)  # the docs pages would load from the network
         self.add_routes()
-        self.metrics = Metrics([r.path for r in self.routes], metrics_folder, workers)
+        self.metrics = Metrics(dict.fromkeys(r.path for r in self.routes), metrics_folder, workers)
         self.batcher, self.reload_seconds, self.checked = Batcher(live, self.metrics), reload_seconds, (0.0, None)
 
     @contextlib.asynccontextmanager
@@ -305,6 +306,7 @@ class Service(FastAPI):
                 raise Refused(404, "no_map", "this export has no map")
             return {"points": live.position[live.popular[:limit]].tolist()}
 
+        @self.head("/health", include_in_schema=False)
         @self.get("/health", responses={503: {"model": Error}})
         async def health():
             """200 while recommendations can be made, else 503. `refused` tells whether a newer export could not be loaded."""
@@ -328,6 +330,7 @@ class Service(FastAPI):
 
         page, policy = load_page()
 
+        @self.head("/", include_in_schema=False)
         @self.get("/", include_in_schema=False)
         async def index():
             return Response(page, media_type="text/html", headers={
