@@ -302,6 +302,8 @@ def blocks(numbers):
     out += [("h2", "Figure 3: ablations")]
     places = [p for p in n.places if any((*p, "", m) in n.models for m in ABLATIONS)]
     out += [("figure", "fig3", plot_ablations(n, places))] if places else []
+    out += [("p", "Without alignment nothing of the teaching reaches the backbone: it then learns what REMI alone learns, number for number, so this row "
+                  "repeats EIMF's whole gain.")] if places else []
     out += comparison_table(n.comparisons("fig3"), "EIMF(REMI) against itself with a part left out") or [("p", "Nothing of this has been run yet.")]
     out += preference(n) + splits(n) + parts(n) + cost(n)
     out += [("h2", "Where this differs from the paper"), ("ordered", [*DEVIATIONS, *run_deviations(n)])]

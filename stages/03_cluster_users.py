@@ -33,7 +33,7 @@ import types
 import eimf_core
 import hnswlib
 import numpy as np
-from eimf.artifacts import Stage, UserError, argument_parser, load_array, run, save_array, save_json
+from eimf.artifacts import Stage, UserError, argument_parser, check_ranges, load_array, run, save_array, save_json
 from eimf.data import load_interactions
 
 MAX_TRIALS = 24  # of the search for p
@@ -64,6 +64,7 @@ def parse_arguments(argv):
     parser.add_argument("--seed", type=int, default=0, help="of --sample-users and --typical random")
     parser.add_argument("--threads", type=int, default=0, help="0: all cores; the result does not depend on it")
     args = parser.parse_args(argv)
+    check_ranges(parser, args, seed=0, threads=0)
     if args.typical == "random":
         for flag in ("preference", "sample_users", "neighbors"):
             if getattr(args, flag) is not None:

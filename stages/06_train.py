@@ -43,7 +43,7 @@ from torch import nn
 from tqdm import tqdm
 
 from eimf import backbones, losses, parallel
-from eimf.artifacts import Stage, UserError, argument_parser, run, save_array, save_json, save_lines
+from eimf.artifacts import Stage, UserError, argument_parser, check_ranges, run, save_array, save_json, save_lines
 from eimf.checkpoint import load_checkpoint, save_checkpoint
 from eimf.data import load_interactions, load_items, padded
 from eimf.encoder import pick_device
@@ -112,7 +112,8 @@ def parse(argv):
     add("--beta", type=float, default=0.1, help="weight of the cosine distance in the alignment, Eq. 12 (paper: 0.1)")
     add("--temperature", type=float, default=0.1, help="InfoNCE temperature (paper: 0.1)")
     add("--no-semantic-prediction", action="store_true", help="ablation: without Eq. 7-9")
-    add("--no-alignment", action="store_true", help="ablation: without Eq. 10-12; the next two leave out one half")
+    add("--no-alignment", action="store_true", help="ablation: without Eq. 10-12, through which alone the teaching reaches the backbone: "
+        "but for --item-text add it is then trained as without --eimf. The next two leave out one half")
     add("--no-align-user", action="store_true", help="ablation: no alignment of explicit and implicit interest (Eq. 10)")
     add("--no-align-item", action="store_true", help="ablation: no alignment of title and item vector (Eq. 11)")
     # Validation Recall@50, one seed, file order, REMI and EIMF: Office .199 and .227 with 0.05, .205 and .227 with 0.02; Beauty .210 and
@@ -142,8 +143,14 @@ def parse(argv):
         backbone = backbones.backbone_class(args.backbone)
         if unknown := backbone.defaults.keys() - vars(args).keys():
             raise UserError(f"--backbone {args.backbone}: defaults of {', '.join(sorted(unknown))}, which are no flags of this stage")
-        parser.set_defaults(**backbone.defaults | RECIPES[args.recipe])
+        for action in parser._actions:  # argparse looks at what is given, not at defaults
+            if action.choices and action.dest in backbone.defaults and backbone.defaults[action.dest] not in action.choices:
+                raise UserError(f"--backbone {args.backbone}: its default {action.dest} is {backbone.defaults[action.dest]!r}; choose from "
+                                f"{', '.join(action.choices)}")
+        # How text enters is what makes LLM2BERT4Rec one, so there a recipe has no say.
+        parser.set_defaults(**backbone.defaults | RECIPES[args.recipe] | {k: v for k, v in backbone.defaults.items() if k == "item_text"})
         args = parser.parse_args(argv)
+    check_ranges(parser, args, seed=(0, 2**32 - 1), threads=0, text_dim=0)
     for name in ("dim", "interests", "max_len", "horizon", "batch_size", "negatives", "max_iterations", "validate_every", "patience"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
@@ -154,18 +161,24 @@ def parse(argv):
     for name in ("dropout", "event_dropout", "average"):
         if not 0 <= getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 0 and below 1, got {getattr(args, name)}")
-    for name in ("score_temperature", "weight_decay", "init_std"):
+    for name in ("score_temperature", "weight_decay", "init_std", "gamma", "alpha", "beta", "hardness"):
         if not 0 <= getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be at least 0, got {getattr(args, name)}")
+    for name in ("learning_rate", "temperature"):
+        if not 0 < getattr(args, name) < math.inf:
+            parser.error(f"--{name.replace('_', '-')} must be above 0, got {getattr(args, name)}")
     if args.control and not args.eimf:
         parser.error("--control needs --eimf")
     if args.backbone == "pop" and args.eimf:
         parser.error("--backbone pop has nothing to teach; leave out --eimf")
-    if args.run is None:
-        parts = [args.backbone.rpartition(":")[2], args.recipe if args.recipe != "paper" else None, "eimf" if args.eimf else None,
-                 args.control, f"s{args.seed}"]
-        args.run = "-".join(filter(None, parts))
+    args.run = args.run or default_name(args)
     return args
+
+
+def default_name(args):
+    parts = [args.backbone.rpartition(":")[2], args.recipe if args.recipe != "paper" else None, "eimf" if args.eimf else None,
+             args.control, f"s{args.seed}"]
+    return "-".join(filter(None, parts))
 
 
 class Batches:
@@ -214,16 +227,22 @@ def without_some(history, share, rng):
 
 
 def train(stage, args, interactions, model, teacher, cluster_of_user, device, precision):
-    """Optimise until early stop. Returns the best state dict and a summary. Goes on from checkpoint/last.safetensors."""
+    """Optimise until early stop. Goes on from checkpoint/last.safetensors.
+
+    Returns the best state dicts, the model's and the teacher's with "teacher." before its names, and a summary.
+    """
     modules = nn.ModuleDict({"model": model} | ({"teacher": teacher} if teacher else {}))
     parameters = dict(modules.named_parameters())
     optimizer = torch.optim.AdamW(parameters.values(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
     validated = copy.deepcopy(model) if args.average else model
+    teaching = {name: p for name, p in parameters.items() if name.startswith("teacher.")}  # of the same step as the model that is exported
+    kept = {name: p.detach().clone() for name, p in teaching.items()} if args.average else teaching
+    buffers = {name: b for name, b in model.state_dict().items() if f"model.{name}" not in parameters}  # of a backbone of one's own
     recommendation = losses.RecommendationLoss(args, interactions.training_counts(), device, precision)
     batches = Batches(interactions, args)
     state = {"iteration": 0, "best_iteration": 0, "best": None, "seconds": 0.0, "log": []}
     best = {}
-    groups = {"parameter": parameters, "best": best, "average": dict(validated.named_parameters()) if args.average else {}}
+    groups = {"parameter": parameters, "best": best, "average": dict(validated.named_parameters()) | kept if args.average else {}, "buffer": buffers}
     path = stage.folder / "checkpoint" / "last.safetensors"
     identity = json.dumps({"arguments": stage.settings(), "inputs": stage.inputs}, sort_keys=True)
     if path.is_file():
@@ -274,7 +293,10 @@ def train(stage, args, interactions, model, teacher, cluster_of_user, device, pr
         optimizer.step()
         if args.average:  # the first steps count less, so that the average does not stay near the random start
             with torch.no_grad():
-                torch._foreach_lerp_(list(validated.parameters()), list(model.parameters()), 1 - min(args.average, t / (10 + t)))
+                torch._foreach_lerp_([*validated.parameters(), *kept.values()], [*model.parameters(), *teaching.values()],
+                                     1 - min(args.average, t / (10 + t)))
+                for mine, theirs in zip(validated.buffers(), model.buffers()):
+                    mine.copy_(theirs)
         for name, term in terms.items():
             sums[name] = sums.get(name, 0) + term.detach()
         progress.update()
@@ -291,7 +313,7 @@ def train(stage, args, interactions, model, teacher, cluster_of_user, device, pr
             state["seconds"] = round(now - started, 2)
             if state["best"] is None or metrics["recall@50"] > state["best"]["recall@50"]:
                 state |= {"best": metrics, "best_iteration": t}
-                best.update((name, p.detach().clone()) for name, p in validated.state_dict().items())
+                best.update((name, p.detach().clone()) for name, p in (validated.state_dict() | kept).items())
             entry = {"iteration": t, "loss": {k: round(v, 6) for k, v in means.items()},
                      "valid": {k: round(v, 6) for k, v in metrics.items()}, "seconds": state["seconds"],
                      "validation_seconds": round(now - before, 2)}
@@ -352,6 +374,9 @@ def main(argv=None):
     if stage.is_done():
         return
     if parallel.rank() == 0:
+        if args.run == default_name(args) and not args.skip_done and (changed := stage.replaces()):
+            raise UserError(f"{stage.folder} holds a finished run with other settings ({changed}); give this one a name of its own with --run, "
+                            "or delete that folder, or replace it with --skip-done")
         stage.begin()
     keep_freed_memory()
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -365,7 +390,9 @@ def main(argv=None):
         model = BehaviouralModel(interactions.n_items, args, item_text, precision).to(device)
         teacher = Teacher(text, args, precision, model.text_map).to(device) if args.eimf else None
         best, state = train(stage, args, interactions, model, teacher, cluster_of_user, device, precision)
-        model.load_state_dict(best)
+        model.load_state_dict({name: p for name, p in best.items() if not name.startswith("teacher.")})
+        if teacher:
+            teacher.load_state_dict({name.removeprefix("teacher."): p for name, p in best.items() if name.startswith("teacher.")}, strict=False)
     if not parallel.stop():
         return
     model = model.cpu().folded()

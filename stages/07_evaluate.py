@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from eimf import parallel, report
-from eimf.artifacts import (Stage, UserError, argument_parser, atomic, load_array, load_json, load_lines, run, save_array,
+from eimf.artifacts import (Stage, UserError, argument_parser, atomic, check_ranges, load_array, load_json, load_lines, run, save_array,
                             save_json, sha256)
 from eimf.data import load_interactions, padded, range_positions
 from eimf.export import load_export
@@ -47,7 +47,9 @@ def parse(argv):
     add("--hnsw-m", type=int, default=16, help="links per node of the HNSW graph")
     add("--hnsw-ef", type=int, default=200, help="candidates kept while building and searching the HNSW graph")
     add("--threads", type=int, default=0, help="CPU threads; 0 means all cores")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_ranges(parser, args, hnsw_m=2, hnsw_ef=1, threads=0)
+    return args
 
 
 def evaluate(interactions, part, model, item_vectors, args, max_len):
@@ -131,11 +133,15 @@ def diversity(interests, routing, history_length, winner):
     return cosine[:, upper[0], upper[1]].ravel(), entropy.ravel(), wins / wins.sum()
 
 
-def evaluate_run(name, args, interactions, stats):
-    """Evaluate one run into its folder."""
+def evaluate_run(name, args, interactions, stats, named):
+    """Evaluate one run into its folder. A run of other data, whose users may have been trained on, is an error if it was `named`, else left out."""
     stage = Stage("07_evaluate", args, run=name)
     stage.input("01_preprocess")
     source = stage.input("06_train", run=name)
+    if (reason := stage.mismatch()) and not named:
+        if parallel.rank() == 0:
+            print(f"left out: {reason}")
+        return
     if stage.is_done():
         return
     folder = stage.begin() if parallel.rank() == 0 else None
@@ -212,12 +218,20 @@ def write_report(folder, name, result, log, stats, spread):
         file.write(report.html_page(f"{name}: evaluation", [*parts, f"<p>{index_note}</p>"]))
 
 
-def summarise(root, stats):
-    """Group all evaluated runs by model, write summary.json and summary.md, return the Markdown table."""
-    groups = {}
+def summarise(root, stats, data, remove_seen):
+    """Group the evaluated runs by model, write summary.json and summary.md, return the Markdown table.
+
+    Only runs on the present data, {file of stage 01: SHA-256}, and with the same treatment of seen items stand in one table.
+    """
+    groups, left_out = {}, []
     for path in sorted(root.glob("*/manifest.json")):
-        result = load_json(path.parent / "metrics.json")
+        result, inputs = load_json(path.parent / "metrics.json"), load_json(path)["inputs"]
+        if result["remove_seen"] != remove_seen or any(inputs.get(file) != digest for file, digest in data.items()):
+            left_out.append(path.parent.name)
+            continue
         groups.setdefault(re.sub(r"-s\d+$", "", path.parent.name), []).append((path.parent, result))
+    if not groups:
+        raise UserError(f"no run of the present data is evaluated in {root}; train with stage 06 first, then call this again")
     _, paper = published(stats)
     summary = {"split": stats["split"], "models": {}}
     rows = []
@@ -238,6 +252,10 @@ def summarise(root, stats):
         lines = [[d["model"], d["against"], f"{d['recall@50']:+.4f}", f"{d['low']:+.4f} .. {d['high']:+.4f}",
                   "yes" if d["low"] > 0 else "no"] for d in summary["differences"]]
         table += "\n\n" + report.markdown_table(["model", "against", "difference in recall@50", "95 % interval", "better?"], lines)
+    if left_out:
+        table += f"\n\nleft out, evaluated on other data or {'without' if remove_seen else 'with'} --remove-seen: {', '.join(left_out)}"
+    if remove_seen:
+        table += "\n\nevaluated with --remove-seen: a user's own history is left out of the ranking"
     save_json(root / "summary.json", summary)
     with atomic(root / "summary.md") as file:
         file.write(table + "\n")
@@ -272,19 +290,21 @@ def _recall_by_user(runs):
 def main(argv=None):
     args = parse(argv)
     parallel.start(args)
-    source = Stage("07_evaluate", args).input("01_preprocess")
+    data = Stage("07_evaluate", args)
+    source = data.input("01_preprocess")
     trained = args.data_dir / args.dataset / "06_train"
+    named = bool(args.run)
     names = args.run or sorted(p.parent.name for p in trained.glob("*/manifest.json"))
     if not names:
         raise UserError(f"no finished run in {trained}. Run: python stages/06_train.py --dataset {args.dataset}")
     del args.run  # a run's manifest must not depend on which other runs were named beside it
     interactions, stats = load_interactions(source), load_json(source / "stats.json")
     for name in names:
-        evaluate_run(name, args, interactions, stats)
+        evaluate_run(name, args, interactions, stats, named)
     if not parallel.stop():
         return
     root = args.data_dir / args.dataset / "07_evaluate"
-    print(summarise(root, stats))
+    print(summarise(root, stats, data.inputs, args.remove_seen))
     print(f"\nreports: {root}/<run>/report.html, summary: {root / 'summary.md'}")
 
 

@@ -535,6 +535,14 @@ def test_a_table_from_text_keeps_the_texts_geometry():
     (USERS_OWN.replace("return interests,", "return interests[:1],"), "Echo", r"forward returned interests \(1, 3, 16\)"),
     (USERS_OWN.replace("return interests, at", "return interests, at[:, :5]"), "Echo", r"routing \(2, 3, 5\); expected .*\(2, K, 7\)"),
     (USERS_OWN.replace("return interests,", "return 1 #"), "Echo", "forward returned int; expected .* a tuple of two tensors"),
+    (USERS_OWN.replace("return interests,", "if float(interests.sum()) > 1e9: interests = 2 * interests\n        return interests,"), "Echo",
+     "torch.export cannot write Echo.forward"),
+    *((USERS_OWN + f"\n    def regulariser(self, routing):\n        return {wrong}\n", "Echo", f"regulariser {message}") for wrong, message in (
+        ("None", "returned NoneType; expected a tensor"), ("0.0", "returned float"), ("routing.sum(2)", r"returned shape \(2, 3\)"),
+        ("1 / 0", "or examples of Echo failed with ZeroDivisionError"))),
+    *((USERS_OWN + f"\n    def examples(self, implicit, target, history, items):\n        return {wrong}\n", "Echo", f"examples returned {message}")
+      for wrong, message in (("implicit", r"Tensor; expected vectors \(Q, 16\)"), ("implicit, target.float()", r".*torch.float32 \(2,\); expected"),
+                             ("implicit, target[:1]", r".*torch.int64 \(1,\); expected"))),
     (USERS_OWN.replace("return interests,", "return interests / mask.sum(1)[:, None, None],"), "Echo", "NaN or infinite values for .* an empty one"),
 ])
 def test_a_wrong_file_gets_a_sentence(tmp_path, text, class_name, message):
@@ -582,6 +590,9 @@ def test_unknown_defaults_are_refused(stage06, tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(USERS_OWN.replace("learning_rate", "lerning_rate"))
     with pytest.raises(UserError, match="defaults of lerning_rate, which are no flags"):
+        stage06.parse(["--backbone", f"{path}:Echo"])
+    path.write_text(USERS_OWN.replace('"learning_rate": 0.003', '"loss": "nope"'))
+    with pytest.raises(UserError, match="its default loss is 'nope'; choose from softmax, sampled"):
         stage06.parse(["--backbone", f"{path}:Echo"])
 
 

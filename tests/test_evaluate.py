@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from eimf.artifacts import load_json, sha256
+from eimf.artifacts import UserError, load_json, save_json, sha256
 from eimf.data import load_interactions
 from eimf.export import load_export
 from eimf.published import published
@@ -124,6 +124,31 @@ def test_summary_is_the_mean_over_seeds(evaluated, tiny, train, run_script):
     assert entry["seeds"] == [0, 1]
     assert entry["mean"]["recall@50"] == pytest.approx(np.mean(seeds), abs=1e-5)
     assert entry["sd"]["recall@50"] == pytest.approx(np.std(seeds, ddof=1), abs=1e-5)
+
+
+def test_runs_of_other_data_and_other_protocols_are_not_mixed(evaluated, tiny, tmp_path, load_script, capsys):
+    module, copy = load_script("stages/07_evaluate.py"), tmp_path / "data"
+    shutil.copytree(tiny, copy)
+    call = ["--data-dir", str(copy), "--dataset", "tiny", "--threads", "1"]
+    root = copy / "tiny" / "07_evaluate"
+    module.main([*call, "--run", "remi-s0", "--remove-seen"])
+    assert load_json(root / "summary.json")["models"].keys() == {"remi"}
+    assert "left out, evaluated on other data or without --remove-seen: pop-s0, remi-eimf-s0" in capsys.readouterr().out
+    module.main([*call, "--run", "remi-eimf-s0"])
+    assert "or with --remove-seen: remi-s0" in (root / "summary.md").read_text()
+    split = np.load(copy / "tiny" / "01_preprocess" / "split.npy")
+    np.save(copy / "tiny" / "01_preprocess" / "split.npy", split[::-1])
+    manifest = copy / "tiny" / "01_preprocess" / "manifest.json"
+    digest = sha256(manifest.parent / "split.npy")
+    facts = load_json(manifest)
+    facts["outputs"]["split.npy"]["sha256"] = digest
+    save_json(manifest, facts)
+    with pytest.raises(UserError, match="06_train/remi-s0 was made from another 01_preprocess/split.npy than the present one; run stage 06_train again"):
+        module.main([*call, "--run", "remi-s0"])
+    capsys.readouterr()
+    with pytest.raises(UserError, match="no run of the present data"):
+        module.main(call)
+    assert "left out: 06_train/pop-s0 was made from another" in capsys.readouterr().out
 
 
 def test_differences_are_paired_by_user(load_script, tmp_path):

@@ -1,6 +1,7 @@
 """Stage 06: batches, the teacher's terms, leaks, determinism, resume after a kill."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,11 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from eimf.artifacts import Stage, load_json, sha256
+from eimf.artifacts import Stage, UserError, load_json, save_json, save_lines, sha256
 from eimf.data import Interactions
 from eimf.export import load_export
 from conftest import N_ITEMS, TRAIN_FLAGS
 from test_losses import info_nce_oracle
+from tiny import finished_stage
 
 @pytest.fixture(scope="module")
 def stage06(load_script):
@@ -317,6 +319,89 @@ def test_killed_and_resumed_ends_with_the_same_files(finished, train, tiny, root
     assert without_seconds(folder / "log.jsonl") == without_seconds(finished / "log.jsonl")
 
 
+def in_process(stage06, tiny, *arguments):
+    """Stage 06 in this process, with few threads and steps: its folder."""
+    stage06.main(["--data-dir", str(tiny), "--dataset", "tiny", "--dim", "16", "--threads", "1", "--validate-every", "10", *arguments])
+    return tiny / "tiny" / "06_train" / arguments[arguments.index("--run") + 1]
+
+
+@pytest.mark.parametrize("average", ["0", "0.8"])
+def test_labels_are_of_the_step_that_is_exported(stage06, tiny, tmp_path, average):
+    """Training on after the best step changes neither the model nor the explicit interests beside it."""
+    tiny = shutil.copytree(tiny, tmp_path / "data", ignore=shutil.ignore_patterns("06_train", "07_evaluate"))
+
+    def texts(folder):
+        counts = np.diff(np.load(tiny / "tiny" / "05_encode_interests" / "interest_offsets.npy"))
+        save_lines(folder / "interests.jsonl", ({"interests": [f"text {i}" for i in range(n)]} for n in counts))
+        save_json(folder / "usage.json", {"llm": "offline"})
+    finished_stage(tiny, "tiny", "04_infer_interests", texts)
+    flags = ["--eimf", "--average", average, "--learning-rate", "0.03"]
+    longer = in_process(stage06, tiny, *flags, "--run", f"longer-{average}", "--max-iterations", "150")
+    best, last = (load_json(longer / "config.json")[k] for k in ("best_iteration", "iterations"))
+    assert best < last
+    exact = in_process(stage06, tiny, *flags, "--run", f"exact-{average}", "--max-iterations", str(best))
+    for file in ("item_vectors.npy", "label_vectors.npy"):
+        assert sha256(longer / file) == sha256(exact / file), file
+
+
+NORMALISED = '''
+import torch
+from torch import nn
+from eimf.backbones import Backbone, even_share
+
+
+class Mean(Backbone):
+    def __init__(self, dim, interests, max_len, dropout=0.0):
+        super().__init__(dim, interests, max_len, dropout)
+        self.norm = nn.BatchNorm1d(dim)
+
+    def forward(self, vectors, mask):
+        share = even_share(mask)
+        return self.norm((share @ self.dropout(vectors)).squeeze(1))[:, None], share
+'''
+
+
+def test_buffers_of_ones_own_backbone_are_resumed_and_averaged(stage06, tiny, tmp_path, monkeypatch):
+    (tmp_path / "mean.py").write_text(NORMALISED)
+    flags = ["--backbone", f"{tmp_path / 'mean.py'}:Mean", "--average", "0.5", "--max-iterations", "40", "--learning-rate", "0.01"]
+    whole = in_process(stage06, tiny, *flags, "--run", "buffers-whole")
+    validate, calls = stage06.validate, []
+
+    def stop_in_the_third(model, *rest):
+        calls.append(model.backbone.norm.running_var.clone())
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return validate(model, *rest)
+    monkeypatch.setattr(stage06, "validate", stop_in_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        in_process(stage06, tiny, *flags, "--run", "buffers-again")
+    monkeypatch.undo()
+    again = in_process(stage06, tiny, *flags, "--run", "buffers-again")
+    assert not torch.equal(calls[0], torch.ones(16)) and not torch.equal(calls[0], calls[1])
+    assert without_seconds(again / "log.jsonl") == without_seconds(whole / "log.jsonl")
+
+
+def test_a_finished_run_of_a_default_name_is_not_replaced_by_other_settings(finished, train):
+    before = sha256(finished / "manifest.json")
+    done, _ = train("--eimf", "--no-alignment")
+    assert done.returncode == 1 and "other settings (--no-alignment was False and is True)" in done.stderr and "--run" in done.stderr
+    assert sha256(finished / "manifest.json") == before
+
+
+def test_stages_of_other_data_are_refused(stage06, tiny, tmp_path):
+    """Held-out users must not teach: what 02 to 05 were made from must be what stage 01 holds now."""
+    copy = tmp_path / "data"
+    shutil.copytree(tiny, copy, ignore=shutil.ignore_patterns("06_train", "07_evaluate"))
+    for later, earlier in (("03_cluster_users", "01_preprocess/split.npy"), ("05_encode_interests", "03_cluster_users/cluster_of_user.npy")):
+        path = copy / "tiny" / later / "manifest.json"
+        manifest = load_json(path)
+        path.write_text(json.dumps(manifest | {"inputs": {earlier: "0" * 64}}))
+        with pytest.raises(UserError, match=f"{later} was made from another {earlier} than the present one; run stage {later} again"):
+            in_process(stage06, copy, "--eimf", "--run", "never")
+        path.write_text(json.dumps(manifest))
+    assert not (copy / "tiny" / "06_train" / "never").exists()
+
+
 def test_item_text_is_folded_into_the_export(train, tiny):
     """The exported table is the sum, so an item that no one clicked is scored by its title; the export reads no text."""
     done, folder = train("--item-text", "add", "--run", "folded", "--score-temperature", "0.5")
@@ -369,6 +454,7 @@ def test_a_recipe_is_a_set_of_defaults(stage06):
     args = stage06.parse(["--recipe", "best"])
     assert {name: getattr(args, name) for name in best} == best
     assert stage06.parse(["--recipe", "best", "--item-text", "init"]).item_text == "init"  # a flag wins
+    assert stage06.parse(["--recipe", "best", "--backbone", "llm2bert4rec"]).item_text == "init"  # which makes it what it is
     paper = vars(stage06.parse([]))
     assert paper["item_text"] == "none" and paper["horizon"] == 1 and not any(
         paper[k] for k in ("dropout", "event_dropout", "average", "weight_decay", "score_temperature"))
@@ -406,6 +492,13 @@ def test_popularity(train, tiny):
     (["--control", "random-text"], 2, "--control needs --eimf"),
     (["--backbone", "pop", "--eimf"], 2, "nothing to teach"),
     (["--backbone", "nonsense"], 2, "invalid choice"),
+    (["--seed", "-1"], 2, "--seed must be 0 to 4294967295, got -1"),
+    (["--threads", "-1"], 2, "--threads must be at least 0"),
+    (["--text-dim", "-5"], 2, "--text-dim must be at least 0"),
+    (["--learning-rate", "nan"], 2, "--learning-rate must be above 0, got nan"),
+    (["--temperature", "0"], 2, "--temperature must be above 0"),
+    (["--gamma", "nan"], 2, "--gamma must be at least 0"),
+    (["--hardness", "-1"], 2, "--hardness must be at least 0"),
     (["--device", "cuda:99"], 1, "no CUDA device"),
     (["--device", "gpu"], 1, "expected auto, cpu, cuda"),
     (["--dataset", "nowhere"], 1, "python stages/01_preprocess.py --dataset nowhere"),
@@ -445,10 +538,6 @@ def test_an_export_with_a_pickle_is_refused(tmp_path, finished):
 
 def test_random_typical_users_must_come_from_stage_03(stage06, args, tmp_path, tiny):
     """The control changes stages 03 to 05; 06 refuses a name that is not what they did, and stages that do not belong together."""
-    import shutil
-
-    from eimf.artifacts import UserError, save_json
-
     shutil.copytree(tiny / "tiny", tmp_path / "tiny", ignore=shutil.ignore_patterns("06_train"))
     args.data_dir = tmp_path
     loaded(stage06, args)
@@ -469,4 +558,4 @@ def test_random_typical_users_must_come_from_stage_03(stage06, args, tmp_path, t
     save_json(path, manifest | {"outputs": manifest["outputs"] | {"typical_users.npy": {"bytes": 1, "sha256": "this"}}})
     (path.parent / "typical_users.npy").write_bytes(b"1")
     with pytest.raises(UserError, match="04_infer_interests was made from another 03_cluster_users/typical_users.npy .* run stage 04"):
-        loaded(stage06, args)
+        stage06.main(["--data-dir", str(tmp_path), "--dataset", "tiny", "--eimf"])

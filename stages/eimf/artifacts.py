@@ -179,7 +179,7 @@ class Stage:
                 raise UserError(f"{flag} is {value!r}; expected the name of one folder, without /")
         self.root = Path(args.data_dir) / args.dataset
         self.folder = self.root / name / run if run else self.root / name
-        self.inputs = {}
+        self.inputs, self._made_from = {}, {}  # file -> SHA-256; earlier stage -> the inputs that its manifest records
         self.commit = commit()
         self.started = time.perf_counter()
         self.log = logging.getLogger(name)
@@ -201,6 +201,7 @@ class Stage:
         manifest = _load_manifest(folder)
         if manifest is None:
             raise UserError(f"{folder / 'manifest.json'} is damaged. Run stage {name} again.")
+        self._made_from[key] = manifest["inputs"]
         for file, entry in manifest["outputs"].items():
             found = (folder / file).stat().st_size if (folder / file).is_file() else None
             if found != entry["bytes"]:
@@ -208,6 +209,14 @@ class Stage:
                                 f"{'no file' if found is None else found}. Run stage {name} again.")
             self.inputs[f"{key}/{file}"] = entry["sha256"]
         return folder
+
+    def mismatch(self):
+        """None if each stage that was taken as an input was made from the very files of the others, else what does not fit."""
+        for key, recorded in self._made_from.items():
+            for file, digest in recorded.items():
+                if self.inputs.get(file, digest) != digest:
+                    return f"{key} was made from another {file} than the present one; run stage {key.split('/')[0]} again, and those after it"
+        return None
 
     def input_file(self, path, key=None):
         """Record a file from outside the data folder as an input, by content. `key` names it in the manifest."""
@@ -235,11 +244,8 @@ class Stage:
         manifest = _load_manifest(self.folder)
         if manifest is None:
             return "manifest.json is damaged"
-        old = {k: v for k, v in manifest["arguments"].items() if k not in VOLATILE}
-        new = self.settings()
-        for key in sorted(old.keys() | new.keys()):
-            if old.get(key) != new.get(key):
-                return f"--{key.replace('_', '-')} was {old.get(key)!r} and is {new.get(key)!r}"
+        if changed := self._changed_setting(manifest):
+            return changed
         for key in sorted(manifest["inputs"].keys() | self.inputs.keys()):
             if manifest["inputs"].get(key) != self.inputs.get(key):
                 return f"input {key} changed"
@@ -247,6 +253,18 @@ class Stage:
             if not (self.folder / file).is_file() or (self.folder / file).stat().st_size != entry["bytes"]:
                 return f"output {file} is missing or has another size"
         return None
+
+    def _changed_setting(self, manifest):
+        old, new = {k: v for k, v in manifest["arguments"].items() if k not in VOLATILE}, self.settings()
+        for key in sorted(old.keys() | new.keys()):
+            if old.get(key) != new.get(key):
+                return f"--{key.replace('_', '-')} was {old.get(key)!r} and is {new.get(key)!r}"
+        return None
+
+    def replaces(self):
+        """Which setting differs from those of the finished result that `begin` would remove; None if none does, or there is no result."""
+        manifest = _load_manifest(self.folder)
+        return manifest and self._changed_setting(manifest)
 
     def settings(self):
         """The arguments that decide the result, as JSON values."""
@@ -257,7 +275,12 @@ class Stage:
         return json.loads(re.sub(r"://[^/@\"\\\\]*@", "://***@", text))  # a URL may carry a password
 
     def begin(self):
-        """Create and lock the folder, remove the manifest and left-over temporary files, start the log file."""
+        """Create and lock the folder, remove the manifest and left-over temporary files, start the log file.
+
+        Raises UserError, with nothing changed, if the inputs do not fit together.
+        """
+        if reason := self.mismatch():
+            raise UserError(reason)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = open(self.folder / ".lock", "w")
         try:

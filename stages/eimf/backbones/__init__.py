@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from ..artifacts import UserError
 from .attentive import REMI, SINE, ComiRecSA
@@ -59,14 +60,40 @@ def build(name, dim, interests, max_len, dropout=0.0):
             try:
                 probe = cls(dim, interests, max_len, dropout)
                 mask = torch.arange(max_len) < torch.tensor([[min(3, max_len)], [0]])  # the second history is empty
-                outputs = [probe.train(training)(torch.randn(2, max_len, dim), mask) for training in (True, False)]
+                vectors, table = torch.randn(2, max_len, dim), torch.randn(3, dim)
+                outputs = [probe.train(training)(vectors, mask) for training in (True, False)]
             except Exception as error:  # whatever the user's class does wrong
                 raise UserError(f"--backbone {name}: {cls.__name__}(dim={dim}, interests={interests}, max_len={max_len}, dropout={dropout}) "
                                 f"called with vectors (2, {max_len}, {dim}) and mask (2, {max_len}) failed with "
                                 f"{type(error).__name__}: {error}") from error
-        for output in outputs:
-            check(name, output, (2, max_len, dim))
+            for output in outputs:
+                check(name, output, (2, max_len, dim))
+            try:
+                regulariser = probe.regulariser(outputs[0][1])
+                examples = probe.train().examples(torch.randn(2, dim), torch.tensor([1, 2]), mask.long(), lambda number: F.embedding(number, table))
+            except Exception as error:
+                raise UserError(f"--backbone {name}: regulariser or examples of {cls.__name__} failed with {type(error).__name__}: {error}") from error
+            check_extras(name, regulariser, examples, dim)
+            try:
+                batch = torch.export.Dim("batch", min=1, max=1 << 20)
+                torch.export.export(probe.eval(), (vectors, mask), dynamic_shapes=({0: batch}, {0: batch}))
+            except Exception as error:  # its messages are pages long
+                reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+                raise UserError(f"--backbone {name}: torch.export cannot write {cls.__name__}.forward for histories of any number ({reason:.300}). "
+                                "Its Python must not depend on the tensors' values, nor on how many histories there are") from error
     return cls(dim, interests, max_len, dropout)
+
+
+def check_extras(name, regulariser, examples, dim):
+    """Raise UserError unless `regulariser` is a scalar tensor and `examples` vectors (Q, D) with item numbers (Q,)."""
+    if not (isinstance(regulariser, torch.Tensor) and regulariser.dim() == 0):
+        found = f"shape {tuple(regulariser.shape)}" if isinstance(regulariser, torch.Tensor) else type(regulariser).__name__
+        raise UserError(f"--backbone {name}: regulariser returned {found}; expected a tensor of one number, shape ()")
+    whole = isinstance(examples, tuple) and len(examples) == 2 and all(isinstance(x, torch.Tensor) for x in examples)
+    if not (whole and examples[0].dim() == 2 and examples[0].shape[1] == dim and examples[1].shape == examples[0].shape[:1]
+            and examples[1].dtype == torch.int64):
+        found = " and ".join(f"{x.dtype} {tuple(x.shape)}" for x in examples) if whole else type(examples).__name__
+        raise UserError(f"--backbone {name}: examples returned {found}; expected vectors (Q, {dim}) and their items' numbers (Q,) int64, a tuple")
 
 
 def check(name, output, shape):

@@ -14,6 +14,7 @@ class Backbone(nn.Module):
             routing: the share of each event in each interest, at least 0, rows sum to 1 (shown by stage 08 as the reason for an
             item). A model that has no such weights gives each real event the same share, see `even_share`.
 
+    `forward` is written with torch.export, so its Python must not depend on the tensors' values, nor on B.
     What stands at padded positions must not matter, and a history of padding alone must give finite output. A model with
     a single interest gives K = 1 whatever `interests` says. `tests/test_backbones.py --backbone FILE.py:Class` checks this.
     """
