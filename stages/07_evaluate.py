@@ -9,7 +9,8 @@ Writes  07_evaluate/<run>/
                            test_ranked.npy int32 (U, 50), the items as ranked, -1 where there is none
         index.hnsw, index.json   HNSW index over the item vectors (label = item number) and the facts to check it by
         report.md, report.html   the same as text and as a page with plots
-        07_evaluate/summary.json, summary.md   all evaluated runs, mean and standard deviation over seeds
+        07_evaluate/summary.json, summary.md   runs evaluated on the present data and with the same --remove-seen: mean and standard
+                           deviation over seeds
 
     python stages/07_evaluate.py --dataset sample                  # every finished run
     python stages/07_evaluate.py --dataset sample --run remi-s0    # one run
