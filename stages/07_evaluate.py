@@ -27,8 +27,8 @@ import numpy as np
 import torch
 
 from eimf import parallel, report
-from eimf.artifacts import (Stage, UserError, argument_parser, atomic, check_ranges, load_array, load_json, load_lines, run, save_array,
-                            save_json, sha256)
+from eimf.artifacts import (Stage, UserError, argument_parser, atomic, check_ranges, command, load_array, load_json, load_lines, run,
+                            save_array, save_json, sha256)
 from eimf.data import load_interactions, padded, range_positions
 from eimf.export import load_export
 from eimf.metrics import hit_matrix, ndcg_published, per_user
@@ -297,7 +297,7 @@ def main(argv=None):
     named = bool(args.run)
     names = args.run or sorted(p.parent.name for p in trained.glob("*/manifest.json"))
     if not names:
-        raise UserError(f"no finished run in {trained}. Run: python stages/06_train.py --dataset {args.dataset}")
+        raise UserError(f"no finished run in {trained}. Run: {command('06_train', args.dataset, args.data_dir)}")
     del args.run  # a run's manifest must not depend on which other runs were named beside it
     interactions, stats = load_interactions(source), load_json(source / "stats.json")
     for name in names:

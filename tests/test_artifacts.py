@@ -3,6 +3,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +12,8 @@ import time
 
 import numpy as np
 import pytest
-from eimf.artifacts import (Stage, UserError, argument_parser, atomic, load_array, load_json, load_lines, save_array,
+from eimf import artifacts
+from eimf.artifacts import (Stage, UserError, argument_parser, atomic, command, load_array, load_json, load_lines, save_array,
                             save_json, save_lines, sha256)
 
 
@@ -272,8 +274,9 @@ def test_runs_are_apart(tmp_path):
 
 
 def test_upstream_missing(tmp_path):
-    with pytest.raises(UserError, match="Run: python stages/01_preprocess.py --dataset d"):
+    with pytest.raises(UserError, match=f"Run: python stages/01_preprocess.py --dataset d --data-dir {re.escape(str(tmp_path))}$"):
         second(tmp_path)
+    assert command("06_train", "d", artifacts.DATA, "r") == "python stages/06_train.py --dataset d --run r"
     stage = Stage("06_train", arguments(tmp_path))
     assert stage.input("05_encode_interests", optional=True) is None
     (tmp_path / "d" / "05_encode_interests").mkdir(parents=True)

@@ -16,6 +16,7 @@ import os
 import platform
 import re
 import resource
+import shlex
 import subprocess
 import sys
 import time
@@ -30,6 +31,7 @@ SECRET = {"api_key"}
 # What the machine refuses for a reason its user can remove: no permission, no space, a file where a folder should be.
 USER_ERRNOS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
                errno.ENAMETOOLONG}
+DATA = Path(__file__).resolve().parents[2] / "data"  # where data sets lie, unless --data-dir says otherwise
 PACKAGES = ("numpy", "torch", "transformers", "scikit-learn", "hnswlib", "eimf_core")
 
 
@@ -84,12 +86,18 @@ def argument_parser(doc, **kwargs):
 
     parser = argparse.ArgumentParser(description=doc, formatter_class=Formatter, allow_abbrev=False, **kwargs)
     parser.add_argument("--dataset", default="sample", help="folder under --data-dir that holds this data set's files")
-    data, here = Path(__file__).resolve().parents[2] / "data", Path.cwd()
-    parser.add_argument("--data-dir", type=Path, default=data.relative_to(here) if data.is_relative_to(here) else data,
+    here = Path.cwd()
+    parser.add_argument("--data-dir", type=Path, default=DATA.relative_to(here) if DATA.is_relative_to(here) else DATA,
                         help="folder that holds all data sets")
     parser.add_argument("--skip-done", action="store_true",
                         help="do nothing if the manifest matches these arguments and inputs")
     return parser
+
+
+def command(stage, dataset, data_dir, run=None):
+    """How a stage is called for a data set, as advice: the flags that are not at their defaults."""
+    elsewhere = "" if Path(data_dir).resolve() == DATA else f" --data-dir {shlex.quote(str(data_dir))}"
+    return f"python stages/{stage}.py --dataset {dataset}{elsewhere}" + (f" --run {run}" if run else "")
 
 
 def check_ranges(parser, args, **bounds):
@@ -195,9 +203,8 @@ class Stage:
         if not (folder / "manifest.json").is_file():
             if optional and not folder.is_dir():
                 return None
-            flag = f" --run {run}" if run and name != "06_train" else ""
             raise UserError(f"{folder} has no manifest.json, so stage {name} has not finished there. "
-                            f"Run: python stages/{name}.py --dataset {self.args.dataset}{flag}")
+                            f"Run: {command(name, self.args.dataset, self.args.data_dir, run if name != '06_train' else None)}")
         manifest = _load_manifest(folder)
         if manifest is None:
             raise UserError(f"{folder / 'manifest.json'} is damaged. Run stage {name} again.")

@@ -18,7 +18,7 @@ import numpy as np
 
 import eimf_core
 
-from .artifacts import Stage, UserError, load_array, load_json, load_lines, sha256
+from .artifacts import Stage, UserError, command, load_array, load_json, load_lines, sha256
 from .data import load_interactions, load_items, load_user_ids
 from .export import load_export
 from .ranking import interests_of, rank
@@ -164,7 +164,7 @@ class Recommender:
         """07's index, checked against its sidecar and against the vectors it was built from."""
         folder = stage.input("07_evaluate", run=self.run)
         path = folder / "index.hnsw"
-        again = f"Run: python stages/07_evaluate.py --dataset {stage.args.dataset} --run {self.run}"
+        again = f"Run: {command('07_evaluate', stage.args.dataset, stage.args.data_dir, self.run)}"
         if not (folder / "index.json").is_file():
             raise UserError(f"{folder} has no index: a graph search over these vectors was found useless. Use --retrieval exact.")
         facts = load_json(folder / "index.json")
@@ -519,6 +519,6 @@ def choose_run(data_dir, dataset):
         except (OSError, ValueError, KeyError, TypeError):
             continue
     if not found:
-        raise UserError(f"no finished run in {folder}. Run: python stages/06_train.py --dataset {dataset}")
+        raise UserError(f"no finished run in {folder}. Run: {command('06_train', dataset, data_dir)}")
     taught, _, name = max(found)
     return name, "the newest finished one" + (" that EIMF taught" if taught else "")
