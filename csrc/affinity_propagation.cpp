@@ -616,7 +616,9 @@ public:
             }
             if (iteration >= first_candidate && exemplar_count_ > 0) {
                 Clustering now = refined(current_exemplars());
-                if (now.unassigned < best.unassigned || now.net_similarity > best.net_similarity || best.exemplars.empty())
+                // Points without an exemplar add nothing, so their number comes first.
+                if (best.exemplars.empty() || now.unassigned < best.unassigned ||
+                    (now.unassigned == best.unassigned && now.net_similarity > best.net_similarity))
                     best = std::move(now);
             }
         }
@@ -1273,7 +1275,7 @@ void check_options(const eimf_ap_options &o, size_t n, const double *preference,
     if (n >= NOBODY) fail(EIMF_ERROR_ARGUMENT, "there are %zu points; at most %u are supported", n, NOBODY - 1);
     if (n_preference != 1 && n_preference != n)
         fail(EIMF_ERROR_ARGUMENT, "preference has %zu values; expected 1 or one for each of the %zu points", n_preference, n);
-    if (!preference) fail(EIMF_ERROR_ARGUMENT, "preference is NULL");
+    check_pointer(preference, "preference");
     for (size_t i = 0; i < n_preference; ++i)
         if (!(std::fabs(preference[i]) <= 1e38)) fail(EIMF_ERROR_ARGUMENT, "preference[%zu] is %g; expected a finite float32 number", i, preference[i]);
 }
@@ -1282,6 +1284,12 @@ const ScoreKernels *kernels_for(const eimf_ap_options &options) {
     const ScoreKernels *kernels = score_kernels(options.kernel);
     if (!kernels) fail(EIMF_ERROR_ARGUMENT, "kernel %d is not available on this CPU", static_cast<int>(options.kernel));
     return kernels;
+}
+
+void check_outputs(const int64_t *exemplars, const int64_t *labels, const eimf_ap_result *result) {
+    check_pointer(exemplars, "exemplars");
+    check_pointer(labels, "labels");
+    check_pointer(result, "result");
 }
 
 std::vector<double> expand(const double *preference, size_t n_preference, size_t n) {
@@ -1358,7 +1366,8 @@ Groups merge_equal(const float *x, size_t n, size_t d, const double *preference)
 void check_points(const float *x, size_t n, size_t d) {
     if (n == 0) fail(EIMF_ERROR_ARGUMENT, "there are 0 points; expected at least 1");
     if (n >= NOBODY) fail(EIMF_ERROR_ARGUMENT, "there are %zu points; at most %u are supported", n, NOBODY - 1);
-    if (d == 0 || !x) fail(EIMF_ERROR_ARGUMENT, "points have %zu dimensions; expected at least 1", d);
+    if (d == 0) fail(EIMF_ERROR_ARGUMENT, "points have 0 dimensions; expected at least 1");
+    check_pointer(x, "x");
     checked_product(checked_product(n, d), sizeof(float));
     const double largest = largest_magnitude(x, n, d, "x");
     if (largest * largest * 4 * static_cast<double>(d) * static_cast<double>(n) > 1e38)
@@ -1429,6 +1438,7 @@ extern "C" eimf_status eimf_affinity_propagation(const float *x, size_t n, size_
         const eimf_ap_options options = given ? *given : eimf_ap_defaults();
         check_points(x, n, d);
         check_options(options, n, preference, n_preference);
+        check_outputs(exemplars, labels, result);
         *result = {};
         const std::vector<double> all = expand(preference, n_preference, n);
         eimf_points(x, n, d, all.data(), options).run(all, options, exemplars, labels, result);
@@ -1437,6 +1447,7 @@ extern "C" eimf_status eimf_affinity_propagation(const float *x, size_t n, size_
 
 extern "C" eimf_status eimf_points_create(const float *x, size_t n, size_t d, const eimf_ap_options *given, eimf_points **points, eimf_error *error) {
     return guarded(error, [&] {
+        check_pointer(points, "points");
         *points = nullptr;
         const eimf_ap_options options = given ? *given : eimf_ap_defaults();
         check_points(x, n, d);
@@ -1451,8 +1462,9 @@ extern "C" eimf_status eimf_points_affinity_propagation(eimf_points *points, con
                                                         eimf_ap_result *result, eimf_error *error) {
     return guarded(error, [&] {
         const eimf_ap_options options = given ? *given : eimf_ap_defaults();
-        if (!points) fail(EIMF_ERROR_ARGUMENT, "the points are NULL");
+        check_pointer(points, "points");
         check_options(options, points->n, preference, n_preference);
+        check_outputs(exemplars, labels, result);
         *result = {};
         const std::vector<double> all = expand(preference, n_preference, points->n);
         if (!points->suits(all)) return eimf_points(points->x, points->n, points->d, all.data(), options).run(all, options, exemplars, labels, result);
@@ -1469,8 +1481,9 @@ extern "C" eimf_status eimf_affinity_propagation_precomputed(const float *s, siz
     return guarded(error, [&] {
         const eimf_ap_options options = given ? *given : eimf_ap_defaults();
         check_options(options, n, preference, n_preference);
+        check_outputs(exemplars, labels, result);
         checked_product(checked_product(n, n), sizeof(float));
-        if (!s) fail(EIMF_ERROR_ARGUMENT, "similarities are NULL");
+        check_pointer(s, "s");
         const double largest = largest_magnitude(s, n, n, "similarities");
         *result = {};
         Memory memory(options.allocator, options.memory_limit);
@@ -1490,6 +1503,7 @@ extern "C" eimf_status eimf_affinity_propagation_sparse(const int64_t *indptr, c
     return guarded(error, [&] {
         const eimf_ap_options options = given ? *given : eimf_ap_defaults();
         check_options(options, n, preference, n_preference);
+        check_outputs(exemplars, labels, result);
         if (!indptr || indptr[0] != 0) fail(EIMF_ERROR_ARGUMENT, "indptr must begin with 0");
         for (size_t i = 0; i < n; ++i)
             if (indptr[i + 1] < indptr[i])

@@ -545,7 +545,8 @@ void check(const Request &q) {
     checked_product(checked_product(q.users, checked_product(q.k, q.d)), sizeof(float));
     checked_product(checked_product(q.n_items, q.d), sizeof(float));
     checked_product(checked_product(q.users, q.n), sizeof(int64_t));
-    if ((q.users && !q.interests) || (q.n_items && !q.items)) fail(EIMF_ERROR_ARGUMENT, "a NULL pointer was given for a non-empty array");
+    check_pointer(q.interests, "interests", q.users);
+    check_pointer(q.items, "items", q.n_items);
     const int64_t *indptr = q.options.exclude_indptr, *indices = q.options.exclude_indices;
     if (!indptr) {
         if (indices) fail(EIMF_ERROR_ARGUMENT, "exclude_indices is given without exclude_indptr");
@@ -560,6 +561,12 @@ void check(const Request &q) {
         if (indices[e] < 0 || static_cast<uint64_t>(indices[e]) >= q.n_items)
             fail(EIMF_ERROR_ARGUMENT, "exclude_indices[%lld] is %lld; expected an item id from 0 to %lld", static_cast<long long>(e),
                  static_cast<long long>(indices[e]), static_cast<long long>(q.n_items) - 1);
+}
+
+void check_outputs(const Request &q, const int64_t *ids, const float *scores, const int32_t *interest) {
+    check_pointer(ids, "ids", q.users * q.n);
+    check_pointer(scores, "scores", q.users * q.n);
+    check_pointer(interest, "interest", q.users * q.n);
 }
 
 void check_magnitudes(const Request &q, float largest_item) {
@@ -628,6 +635,7 @@ namespace {
 // `prepared` may be nullptr.
 void run(const Request &q, const eimf_items *prepared, int64_t *ids, float *scores, int32_t *interest) {
     check(q);
+    check_outputs(q, ids, scores, interest);
     const ScoreKernels *kernels = prepared && q.options.kernel == EIMF_KERNEL_AUTO ? prepared->kernels : score_kernels(q.options.kernel);
     if (!kernels) fail(EIMF_ERROR_ARGUMENT, "kernel %d is not available on this CPU", static_cast<int>(q.options.kernel));
     if (prepared && kernels != prepared->kernels)
@@ -675,6 +683,7 @@ extern "C" eimf_status eimf_top_n(const float *interests, size_t users, size_t n
 extern "C" eimf_status eimf_items_create(const float *items, size_t n_items, size_t dim, eimf_kernel kernel, const eimf_allocator *allocator,
                                          eimf_items **prepared, eimf_error *error) {
     return guarded(error, [&] {
+        check_pointer(prepared, "prepared");
         *prepared = nullptr;
         check({nullptr, 0, 1, dim, items, n_items, 0, eimf_top_n_defaults()});
         const ScoreKernels *kernels = score_kernels(kernel);
@@ -688,7 +697,7 @@ extern "C" void eimf_items_destroy(eimf_items *prepared) { delete prepared; }
 extern "C" eimf_status eimf_items_top_n(const eimf_items *prepared, const float *interests, size_t users, size_t n_interests, size_t n,
                                         const eimf_top_n_options *options, int64_t *ids, float *scores, int32_t *interest, eimf_error *error) {
     return guarded(error, [&] {
-        if (!prepared) fail(EIMF_ERROR_ARGUMENT, "the prepared items are NULL");
+        check_pointer(prepared, "prepared");
         run({interests, users, n_interests, prepared->d, prepared->items, prepared->n_items, n, options ? *options : eimf_top_n_defaults()}, prepared,
             ids, scores, interest);
     });
@@ -700,6 +709,7 @@ extern "C" eimf_status eimf_top_n_reference(const float *interests, size_t users
     return guarded(error, [&] {
         const Request q{interests, users, n_interests, dim, items, n_items, n, options ? *options : eimf_top_n_defaults()};
         check(q);
+        check_outputs(q, ids, scores, interest);
         check_magnitudes(q, largest_magnitude(items, n_items, dim, "items"));
         for (size_t u = 0; u < users; ++u) {
             struct Entry {

@@ -359,6 +359,19 @@ def test_sparse_reports_points_without_an_exemplar():
     assert lone.labels.tolist() == [0, 1, 2]
 
 
+def test_sparse_without_convergence_leaves_as_few_points_unassigned_as_any_of_the_last_states():
+    """Unassigned points add 0 to a sum of negative similarities, which must not make such a state the best."""
+    rng = np.random.default_rng(58)
+    x = rng.standard_normal((60, 2))
+    indices = np.concatenate([rng.choice(np.delete(np.arange(60), i), 4, replace=False) for i in range(60)])
+    graph = np.arange(0, 241, 4, dtype=np.int64), indices.astype(np.int64), -((x[indices] - np.repeat(x, 4, axis=0))**2).sum(axis=1).astype(np.float32)
+    result = eimf_core.affinity_propagation_sparse(*graph, -2.0, max_iter=20)  # the best of its last 15 states
+    states = [eimf_core.affinity_propagation_sparse(*graph, -2.0, max_iter=t, convergence_iter=3) for t in range(8, 21)]  # the best of three each
+    unassigned = [state.n_unassigned for state in states if not state.converged]
+    assert not result.converged and len(unassigned) > 5
+    assert result.n_unassigned == min(unassigned) == 0
+
+
 def test_sparse_ignores_self_loops():
     s = similarities(blobs(11, 90, 3)).astype(np.float32)
     indptr, indices, values = neighbour_graph(s, 20)
