@@ -136,8 +136,10 @@ public:
     virtual bool complete() const { return true; }
     // Give each of `which` a list of at least `length` neighbours (or all there are), by calling fill(i, neighbours, bound).
     using Fill = std::function<void(size_t i, const Neighbour *sorted, size_t length, float bound)>;
-    // If `pairs` is there, and all rows are wanted, all similarities go there.
-    virtual void neighbours(const uint32_t *which, size_t count, size_t length, Team &team, Memory &memory, const Fill &fill, Pairs *pairs) const = 0;
+    // If `pairs` is there, and all rows are wanted, all similarities go there. A search that takes long polls now and then, on the calling
+    // thread; what that throws ends it.
+    using Poll = std::function<void()>;
+    virtual void neighbours(const uint32_t *which, size_t count, size_t length, Team &team, Memory &memory, const Fill &fill, Pairs *pairs, const Poll &poll) const = 0;
     // s(i,k); false if i has no edge to k.
     virtual bool similarity(size_t i, size_t k, double *s) const = 0;
     // For each member, the sum of s(i, member) over the other members (NEVER where one has no edge to it).
@@ -210,7 +212,7 @@ public:
         return true;
     }
 
-    void neighbours(const uint32_t *which, size_t count, size_t length, Team &team, Memory &memory, const Fill &fill, Pairs *pairs) const override {
+    void neighbours(const uint32_t *which, size_t count, size_t length, Team &team, Memory &memory, const Fill &fill, Pairs *pairs, const Poll &poll) const override {
         const size_t wanted = std::min(length, n() - 1);
         const auto listed = [&](size_t i, const RankKey *keys, size_t found) {
             Buffer<Neighbour> list(memory, found);
@@ -233,7 +235,7 @@ public:
             fill(i, list.data(), kept, bound);
         };
         if (count == n()) {
-            AllPairs all{kernels_, centred_.data(), n(), d_, bias_.data(), wanted + 1, {}, listed};
+            AllPairs all{kernels_, centred_.data(), n(), d_, bias_.data(), wanted + 1, {}, listed, poll};
             if (pairs)
                 all.products = [&](size_t i, size_t first, size_t count, const float *products) {
                     pairs->put(i, first, count, products, bias_.data(), *kernels_);
@@ -306,17 +308,20 @@ public:
                 if (i != k && s_[i * n_ + k] != s_[1]) return false;
         return true;
     }
-    void neighbours(const uint32_t *which, size_t count, size_t length, Team &team, Memory &memory, const Fill &fill, Pairs *) const override {
+    void neighbours(const uint32_t *which, size_t count, size_t length, Team &team, Memory &memory, const Fill &fill, Pairs *, const Poll &poll) const override {
         const size_t wanted = std::min(length, n_ - 1);
-        team.run(count, [&](size_t q) {
-            const size_t i = which[q];
-            Buffer<Neighbour> all(memory, n_ - 1);
-            for (size_t k = 0, j = 0; k < n_; ++k)
-                if (k != i) all[j++] = {s_[i * n_ + k], static_cast<uint32_t>(k)};
-            std::partial_sort(all.begin(), all.begin() + wanted, all.end());
-            const bool whole = wanted == n_ - 1;
-            fill(i, all.data(), wanted, whole ? -std::numeric_limits<float>::infinity() : all[wanted - 1].s);
-        });
+        for (size_t first = 0; first < count; first += 1024) {
+            poll();
+            team.run(std::min<size_t>(1024, count - first), [&](size_t q) {
+                const size_t i = which[first + q];
+                Buffer<Neighbour> all(memory, n_ - 1);
+                for (size_t k = 0, j = 0; k < n_; ++k)
+                    if (k != i) all[j++] = {s_[i * n_ + k], static_cast<uint32_t>(k)};
+                std::partial_sort(all.begin(), all.begin() + wanted, all.end());
+                const bool whole = wanted == n_ - 1;
+                fill(i, all.data(), wanted, whole ? -std::numeric_limits<float>::infinity() : all[wanted - 1].s);
+            });
+        }
     }
     Pairs pairs(Memory &) const override { return {s_, n_, largest_}; }
     void medoid_scores(const uint32_t *members, size_t count, double *scores) const override {
@@ -358,7 +363,7 @@ public:
             if (row.length != n_ - 1 || row.s[0] != rows[0].s[0] || row.s[row.length - 1] != rows[0].s[0]) return false;
         return true;
     }
-    void neighbours(const uint32_t *which, size_t count, size_t, Team &team, Memory &memory, const Fill &fill, Pairs *) const override {
+    void neighbours(const uint32_t *which, size_t count, size_t, Team &team, Memory &memory, const Fill &fill, Pairs *, const Poll &) const override {
         team.run((count + 1023) / 1024, [&](size_t block) {
             for (size_t q = block * 1024; q < std::min(count, (block + 1) * 1024); ++q) {
                 const size_t i = which[q], degree = static_cast<size_t>(indptr_[i + 1] - indptr_[i]);
@@ -397,19 +402,21 @@ private:
 // The neighbour lists of all rows. They only grow, so a later run over the same source finds them as long as earlier ones needed.
 class Lists {
 public:
+    using Poll = Source::Poll;
+
     Lists(const Source &source, Memory &memory) : source_(source), memory_(memory), rows_(source.n()), owned_(source.n()) {}
 
     const Row &operator[](size_t i) const { return rows_[i]; }
     const std::vector<Row> &rows() const { return rows_; }
 
     // Make all lists at least this long, or whole. At the first time get all pairs as well, if they are wanted and may be held.
-    void load(Team &team, size_t length, bool with_pairs) {
+    void load(Team &team, size_t length, bool with_pairs, const Poll &poll) {
         if (!loaded_) {
-            fetch_all(team, length, with_pairs && pairs_fit());
+            fetch_all(team, length, with_pairs && pairs_fit(), poll);
         } else {
             std::vector<uint32_t> all(source_.n());
             std::iota(all.begin(), all.end(), 0u);
-            grow(all, std::vector<uint32_t>(all.size(), static_cast<uint32_t>(length)), team);
+            grow(all, std::vector<uint32_t>(all.size(), static_cast<uint32_t>(length)), team, poll);
         }
         loaded_ = true;
     }
@@ -420,32 +427,34 @@ public:
         return static_cast<bool>(pairs_);
     }
 
-    const Pairs &pairs(Team &team) {
+    const Pairs &pairs(Team &team, const Poll &poll) {
         if (!pairs_) {
             Lists again(source_, memory_);  // its lists are the first ones
-            again.fetch_all(team, FIRST_LENGTH, true);
+            again.fetch_all(team, FIRST_LENGTH, true, poll);
             pairs_ = std::move(again.pairs_);
         }
         return pairs_;
     }
 
     // Make the lists of `which` at least as long as `lengths` says, or whole.
-    void grow(const std::vector<uint32_t> &which, const std::vector<uint32_t> &lengths, Team &team) {
+    void grow(const std::vector<uint32_t> &which, const std::vector<uint32_t> &lengths, Team &team, const Poll &poll) {
         std::map<uint32_t, std::vector<uint32_t>> by_length;
         for (size_t q = 0; q < which.size(); ++q)
             if (rows_[which[q]].length < lengths[q] && rows_[which[q]].bound > -std::numeric_limits<float>::infinity()) by_length[lengths[q]].push_back(which[q]);
-        for (const auto &[length, rows] : by_length) fetch(rows, length, team);
+        for (const auto &[length, rows] : by_length) fetch(rows, length, team, nullptr, poll);
     }
 
 private:
-    void fetch_all(Team &team, size_t length, bool with_pairs) {
+    void fetch_all(Team &team, size_t length, bool with_pairs, const Poll &poll) {
         std::vector<uint32_t> all(source_.n());
         std::iota(all.begin(), all.end(), 0u);
-        if (with_pairs) pairs_ = source_.pairs(memory_);
-        fetch(all, length, team, with_pairs ? &pairs_ : nullptr);
+        Pairs pairs;  // kept only if the search comes to its end
+        if (with_pairs) pairs = source_.pairs(memory_);
+        fetch(all, length, team, with_pairs ? &pairs : nullptr, poll);
+        if (with_pairs) pairs_ = std::move(pairs);
     }
 
-    void fetch(const std::vector<uint32_t> &which, size_t length, Team &team, Pairs *pairs = nullptr) {
+    void fetch(const std::vector<uint32_t> &which, size_t length, Team &team, Pairs *pairs, const Poll &poll) {
         source_.neighbours(which.data(), which.size(), length, team, memory_,
                            [this](size_t i, const Neighbour *sorted, size_t found, float bound) {
                                Buffer<unsigned char> larger(memory_, found * ENTRY_BYTES);
@@ -454,7 +463,7 @@ private:
                                for (size_t j = 0; j < found; ++j) row.s[j] = sorted[j].s, row.id[j] = sorted[j].id;
                                rows_[i] = row;
                                owned_[i] = std::move(larger);
-                           }, pairs);
+                           }, pairs, poll);
     }
 
     const Source &source_;
@@ -590,7 +599,7 @@ public:
     Clustering run(eimf_ap_result *result) {
         report(0, 0);
         const auto [length, with_matrix] = expected();
-        lists_.load(team_, length, with_matrix);
+        lists_.load(team_, length, with_matrix, searching_);
         for (size_t i = 0; i < n_; ++i) visible_[i] = static_cast<uint32_t>(std::min<size_t>(length, lists_[i].length));
         report(0, 0);
         Clustering found;
@@ -820,7 +829,7 @@ private:
                 use_matrix();
                 return team_.run(blocked.size(), [&](size_t q) { matrix_block(blocked[q], false); });
             }
-            lists_.grow(short_rows, lengths, team_);
+            lists_.grow(short_rows, lengths, team_, searching_);
             for (size_t q = 0; q < short_rows.size(); ++q) visible_[short_rows[q]] = lengths[q];
             std::vector<uint32_t> still;
             for (uint32_t i : short_rows)
@@ -863,7 +872,7 @@ private:
     // From here on with the matrix. Between two iterations, or in the middle of one: then blocks without waiting rows have done this
     // iteration's responsibilities already.
     void use_matrix() {
-        pairs_ = &lists_.pairs(team_);
+        pairs_ = &lists_.pairs(team_, searching_);
         partial_ = Buffer<double>(memory_, checked_product(blocks_, n_), 0.0);
         for (size_t b = 0; b < blocks_; ++b) {
             for (const Positive &p : positive_[b]) partial_[b * n_ + p.id] += p.r;
@@ -1236,6 +1245,7 @@ private:
     const ScoreKernels *kernels_;
     Team &team_;
     Memory &memory_;
+    const Source::Poll searching_ = [this] { report(0, 0); };
     size_t n_, blocks_ = 0;
     const double *preference_;  // as given
     std::vector<Messages> messages_;

@@ -405,7 +405,8 @@ x: float32 (n, d) points, similarity = minus squared Euclidean distance; or floa
 preference: similarity of a point to itself, a number or an array (n,); lower gives fewer clusters.
 damping, max_iter, convergence_iter: as in scikit-learn. n_threads: 0 for all cores.
 memory_limit: most bytes of work memory to take, 0 for the machine's physical memory.
-progress: called as progress(iteration, exemplars) after each iteration; what it raises ends the run.
+progress: called as progress(iteration, exemplars) after each iteration, and with 0, 0 while neighbours are searched; what it
+    raises ends the run.
 
 Equal points are merged first and other ties decided by index, without random numbers. Returns a Clustering. Raises
 ValueError for a wrong dtype, shape or layout, for NaN or infinities, and when memory does not suffice.)");

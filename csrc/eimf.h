@@ -95,7 +95,8 @@ typedef struct eimf_ap_options {
     size_t memory_limit;     /* bytes of work memory; 0 (default): no limit */
     eimf_kernel kernel;
     /* Called on the calling thread after each iteration; a non-zero result stops the run with EIMF_ERROR_INTERRUPTED.
-     * iteration 0 is reported while neighbours are searched. NULL (default): none. */
+     * iteration 0 is reported while neighbours are searched, several times where that takes long: at first, and again where all
+     * lists must grow or all similarities prove to be needed. NULL (default): none. */
     int (*progress)(void *context, size_t iteration, size_t exemplars);
     void *progress_context;
     eimf_allocator allocator;

@@ -446,6 +446,7 @@ void nearest_of_all(const AllPairs &given, Team &team, Memory &memory) {
 
     // Each row must see the items by rising id. So at block J, first all earlier rows see J's, then J's rows see the earlier ones, then J's.
     for (size_t j0 = 0; j0 < n; j0 += BLOCK) {
+        if (p.poll) p.poll();
         const size_t here = std::min(BLOCK, n - j0);
         for (size_t j = 0; j < here; j += width) {
             const float *item[64];
@@ -665,9 +666,10 @@ void run(const Request &q, const eimf_items *prepared, int64_t *ids, float *scor
     };
     Team team(std::min(q.options.n_threads ? q.options.n_threads : std::thread::hardware_concurrency(), q.users));
     largest_magnitude(q.interests, q.users, q.k * q.d, "interests");
-    if (prepared) check_magnitudes(q, prepared->largest);
+    const bool all_seen = !prepared && !q.options.allowed && q.users && q.n;  // the items, on the way
+    if (!all_seen) check_magnitudes(q, prepared ? prepared->largest : largest_magnitude(q.items, q.n_items, q.d, "items"));
     const float seen = top_n(problem, team, memory);
-    if (!prepared) check_magnitudes(q, seen);  // the items are seen on the way
+    if (all_seen) check_magnitudes(q, seen);
 }
 
 }  // namespace

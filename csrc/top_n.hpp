@@ -79,6 +79,9 @@ struct AllPairs {
 
     // The result for a row, best first; once per row, on worker threads.
     std::function<void(size_t row, const RankKey *keys, size_t count)> result;
+
+    // May be empty. Called on the calling thread now and then before the first result; what it throws ends the search.
+    std::function<void()> poll;
 };
 void nearest_of_all(const AllPairs &problem, Team &team, Memory &memory);
 

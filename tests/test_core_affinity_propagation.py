@@ -443,6 +443,28 @@ def test_progress_sees_each_iteration_and_its_exception_gets_out():
         eimf_core.affinity_propagation(x, -50.0, progress=stop)
 
 
+@pytest.mark.parametrize("preference", [-50.0, -3000.0])
+def test_progress_can_end_the_search_for_neighbours(preference):
+    """Iteration 0 is reported within the search, and points whose first run ended there give what new ones give."""
+    x, calls = blobs(3, 1500, 6, centres=30), []
+    expected = eimf_core.affinity_propagation(x, preference, progress=lambda iteration, _: calls.append(iteration))
+    searching = calls.index(1)
+    assert calls[:searching] == [0] * searching and searching >= 2 + 1500 // 192
+
+    def stop(*_):
+        calls.append(0)
+        if len(calls) == 5:
+            raise KeyError("enough")
+
+    points = eimf_core.Points(x)
+    calls.clear()
+    with pytest.raises(KeyError, match="enough"):
+        points.affinity_propagation(preference, progress=stop)
+    assert len(calls) == 5
+    for other in (-20.0, preference):
+        assert_same_result(points.affinity_propagation(other), expected if other == preference else eimf_core.affinity_propagation(x, other))
+
+
 def test_ctrl_c_ends_a_run():
     s = -np.random.default_rng(0).random((1500, 1500)).astype(np.float32)
     timer = threading.Timer(0.3, lambda: signal.raise_signal(signal.SIGINT))

@@ -271,6 +271,20 @@ def test_bad_arguments_are_value_errors(change, words):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("users, n", [(8, 10), (32, 10), (0, 10), (8, 0)])
+def test_items_that_no_answer_needs_are_checked_too(kernel, users, n):
+    """Whether or not the kernel reads them: masked ones, and all if nothing is asked for."""
+    interests, items, allowed = vectors(0, users, 4, 32), vectors(1, 1000, 32), np.arange(1000) != 7
+    expected = eimf_core.top_n(interests, items, n, allowed=allowed, kernel=kernel)
+    assert_equal(expected, eimf_core._top_n_reference(interests, items, n, allowed=allowed))
+    for value, words in ((np.nan, "items: found NaN in row 7, column 2"), (-np.inf, "items: found an infinity in row 7, column 2")):
+        items[7, 2] = value
+        for options in ({"allowed": allowed}, {}):
+            with pytest.raises(ValueError, match=words):
+                eimf_core.top_n(interests, items, n, kernel=kernel, **options)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_prepared_items_give_the_same_bits(kernel):
     for d, k, users, n_items, n in [(64, 4, 45, 1000, 50), (1, 64, 3, 200, 5), (65, 3, 20, 97, 97), (9, 16, 11, 49, 3), (7, 2, 4, 0, 5), (8, 1, 0, 5, 2)]:
         interests, items = vectors(d, users, k, d), vectors(k, n_items, d)
