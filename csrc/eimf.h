@@ -14,6 +14,10 @@
 #include <stddef.h>
 #include <stdint.h>
 
+/* The functions below are the only names that a shared library shows; none of them if EIMF_LOCAL is defined where they are compiled. */
+#if defined(__GNUC__) && !defined(EIMF_LOCAL)
+#pragma GCC visibility push(default)
+#endif
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -237,4 +241,7 @@ eimf_status eimf_affinity_propagation_reference(const float *s, size_t n, const 
 #ifdef __cplusplus
 }
 #endif
+#endif
+#if defined(__GNUC__) && !defined(EIMF_LOCAL)
+#pragma GCC visibility pop
 #endif
