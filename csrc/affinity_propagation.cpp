@@ -23,7 +23,7 @@ namespace eimf {
 namespace {
 
 constexpr double NEVER = -1e300;  // stands for minus infinity where arithmetic must stay finite
-constexpr size_t FIRST_LENGTH = 64, GROWTH = 4;  // of lists
+constexpr size_t FIRST_LENGTH = 64, USUAL_LENGTH = 256, GROWTH = 4;  // of lists
 // Lists that hold more than 1 / LISTED_SHARE of all pairs are worse than the matrix.
 constexpr size_t LISTED_SHARE = 16;
 // A matrix of so many bytes at most is also preferred to lists that would do, but be longer than twice the first length; larger ones of
@@ -47,6 +47,9 @@ struct Neighbour {
 };
 
 constexpr size_t ENTRY_BYTES = sizeof(uint32_t) + sizeof(float);
+
+// For each point, a list of this length and the search for it.
+size_t search_bytes(size_t length) { return length * ENTRY_BYTES + bytes_per_row(length + 1); }
 
 // All similarities; the diagonal is arbitrary. They lie row after row or, where there are many of points, by halves: those are symmetric but
 // for the row's weight, so square tiles on and below the diagonal hold all. A row then is read with the whole strip of TILE rows that it is in.
@@ -195,7 +198,7 @@ public:
     size_t n() const override { return point_.size(); }
 
     bool similarity(size_t i, size_t k, double *s) const override {
-        *s = -kernels_->squared_distance(row(i), row(k), d_) * weight_[i];
+        *s = unweighted(i, k) * static_cast<float>(weight_[i]);  // rounded as in the lists, so that it does not matter which one is read
         return true;
     }
 
@@ -598,7 +601,9 @@ public:
 
     Clustering run(eimf_ap_result *result) {
         report(0, 0);
-        const auto [length, with_matrix] = expected();
+        auto [length, with_matrix] = expected();
+        // Shorter lists, which then grow where they must, if the search for these takes more memory than there may be.
+        while (length > FIRST_LENGTH && !memory_.allows(n_ * search_bytes(length))) length = std::max(FIRST_LENGTH, length / 2);
         lists_.load(team_, length, with_matrix, searching_);
         for (size_t i = 0; i < n_; ++i) visible_[i] = static_cast<uint32_t>(std::min<size_t>(length, lists_[i].length));
         report(0, 0);
@@ -1109,6 +1114,13 @@ private:
         float *screen = scratch.screen.data(), *maxima = scratch.maxima.data();
         hide(i, screen);
         kernels_->stretch_maxima(s, screen, n_, maxima);
+        if (!std::isfinite(s[i])) {  // the diagonal may hold anything
+            const size_t first = i / STRETCH * STRETCH;
+            float most = -std::numeric_limits<float>::infinity();
+            for (size_t k = first; k < std::min(n_, first + STRETCH); ++k)
+                if (k != i) most = std::max(most, s[k] + screen[k]);
+            maxima[i / STRETCH] = most;
+        }
         float top = -std::numeric_limits<float>::infinity(), next = top;
         for (size_t first = 0; first < n_; first += STRETCH) {
             const float value = maxima[first / STRETCH];
@@ -1435,9 +1447,12 @@ extern "C" eimf_ap_options eimf_ap_defaults(void) {
 }
 
 extern "C" size_t eimf_affinity_propagation_bytes(size_t n, size_t d) {
-    const double blocks = std::min<double>(32, static_cast<double>(n) / 512 + 1);
-    const double bytes = static_cast<double>(n) * (std::min<double>(FIRST_LENGTH, static_cast<double>(n)) * ENTRY_BYTES + static_cast<double>(bytes_per_row(FIRST_LENGTH + 1)) + 4.0 * static_cast<double>(d) +
-                                                   8 * blocks + 256) + (4 << 20);
+    // Lists and the search for them or, of few points, all similarities, with what Lists::pairs_fit leaves free.
+    const double points = static_cast<double>(n), blocks = std::min<double>(32, points / 512 + 1);
+    double search = static_cast<double>(search_bytes(std::min(USUAL_LENGTH, n)));
+    if (d && points * points <= SMALL_MATRIX / sizeof(float))
+        search = std::max(search, static_cast<double>(search_bytes(std::min(FIRST_LENGTH, n))) + points * (sizeof(float) + 1));
+    const double bytes = points * (search + 4.0 * static_cast<double>(d) + 8 * blocks + 256) + (4 << 20);
     return bytes < static_cast<double>(std::numeric_limits<size_t>::max()) ? static_cast<size_t>(bytes) : std::numeric_limits<size_t>::max();
 }
 
@@ -1494,7 +1509,7 @@ extern "C" eimf_status eimf_affinity_propagation_precomputed(const float *s, siz
         check_outputs(exemplars, labels, result);
         checked_product(checked_product(n, n), sizeof(float));
         check_pointer(s, "s");
-        const double largest = largest_magnitude(s, n, n, "similarities");
+        const double largest = largest_magnitude(s, n, n, "similarities", false);
         *result = {};
         Memory memory(options.allocator, options.memory_limit);
         const std::vector<double> all = expand(preference, n_preference, n);

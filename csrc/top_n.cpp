@@ -505,20 +505,25 @@ void nearest_of_all(const AllPairs &given, Team &team, Memory &memory) {
     });
 }
 
-float largest_magnitude(const float *values, size_t rows, size_t columns, const char *what) {
+float largest_magnitude(const float *values, size_t rows, size_t columns, const char *what, bool diagonal) {
     // The bits of magnitudes order as integers do, with infinity and NaN above all finite numbers.
     constexpr int32_t infinity = 0x7f800000;
     int32_t largest = 0;
     for (size_t i = 0; i < rows; ++i) {
         const float *row = values + i * columns;
+        const size_t skipped = diagonal ? columns : std::min(i, columns);
         int32_t top = 0;
-        for (size_t j = 0; j < columns; ++j) {
-            int32_t bits;
-            std::memcpy(&bits, row + j, 4);
-            top = std::max(top, bits & 0x7fffffff);
-        }
+        const auto look = [&](size_t first, size_t last) {
+            for (size_t j = first; j < last; ++j) {
+                int32_t bits;
+                std::memcpy(&bits, row + j, 4);
+                top = std::max(top, bits & 0x7fffffff);
+            }
+        };
+        look(0, skipped);
+        look(skipped + 1, columns);
         for (size_t j = 0; top >= infinity && j < columns; ++j)
-            if (!std::isfinite(row[j]))
+            if (j != skipped && !std::isfinite(row[j]))
                 fail(EIMF_ERROR_ARGUMENT, "%s: found %s in row %zu, column %zu; expected finite numbers", what,
                      std::isnan(row[j]) ? "NaN" : "an infinity", i, j);
         largest = std::max(largest, top);

@@ -88,7 +88,8 @@ void nearest_of_all(const AllPairs &problem, Team &team, Memory &memory);
 // Bytes of work memory for each row of `nearest_of_all`.
 size_t bytes_per_row(size_t wanted);
 
-// Fails unless all values are finite; returns their largest magnitude. `what` names the array in the message.
-float largest_magnitude(const float *values, size_t rows, size_t columns, const char *what);
+// Fails unless all values are finite; returns their largest magnitude. `what` names the array in the message. Without `diagonal` the
+// values (i, i) may be anything.
+float largest_magnitude(const float *values, size_t rows, size_t columns, const char *what, bool diagonal = true);
 
 }  // namespace eimf

@@ -241,6 +241,23 @@ void check_interrupt_and_errors() {
     options.damping = 2;
     CHECK(cluster(x, 300, -50, options).status == EIMF_ERROR_ARGUMENT);
     CHECK(std::strcmp(eimf_status_text(EIMF_ERROR_MEMORY), "not enough memory") == 0);
+    CHECK(std::strcmp(eimf_status_text(static_cast<eimf_status>(99)), "unknown status") == 0);
+    for (const int number : {99, 7, -1}) {  // no kernels, which may be read all the same
+        const eimf_kernel kernel = static_cast<eimf_kernel>(number);
+        CHECK(!eimf_kernel_name(kernel));
+        options = eimf_ap_defaults();
+        options.kernel = kernel;
+        CHECK(cluster(x, 300, -50, options).status == EIMF_ERROR_ARGUMENT);
+        eimf_top_n_options top = eimf_top_n_defaults();
+        top.kernel = kernel;
+        int64_t id = 0;
+        float score, gradient;
+        int32_t interest;
+        CHECK(eimf_top_n(x.data(), 1, 1, 1, x.data(), 3, 1, &top, &id, &score, &interest, nullptr) == EIMF_ERROR_ARGUMENT);
+        eimf_items *items = nullptr;
+        CHECK(eimf_items_create(x.data(), 3, 1, kernel, nullptr, &items, nullptr) == EIMF_ERROR_ARGUMENT && !items);
+        CHECK(eimf_softmax_loss(x.data(), 1, x.data(), 3, 1, &id, x.data(), nullptr, 0, 1, kernel, nullptr, &score, &gradient, nullptr, nullptr) == EIMF_ERROR_ARGUMENT);
+    }
     CHECK(eimf_top_n(nullptr, 2, 1, 1, x.data(), 1, 1, nullptr, nullptr, nullptr, nullptr, nullptr) == EIMF_ERROR_ARGUMENT);
 }
 

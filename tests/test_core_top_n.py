@@ -253,6 +253,7 @@ def test_random_shapes_against_the_plain_loop(data):
     ({"items": np.where(np.arange(80).reshape(10, 8) == 43, np.nan, 0).astype(np.float32)}, "items: found NaN in row 5, column 3"),
     ({"n": -1}, "n is -1"),
     ({"n": 2**62}, "do not fit"),
+    ({"n": 10**12}, r"results of shape \(2, 1000000000000\) do not fit into memory"),
     ({"n_threads": -1}, "n_threads is -1"),
     ({"kernel": "fast"}, "kernel is 'fast'.*'scalar'"),
     ({"exclude_indptr": np.zeros(3, np.int64)}, "belong together"),
