@@ -68,7 +68,7 @@ setup(
     packages=["eimf_core-stubs"],  # PEP 561: type information for a module that is one compiled file
     package_dir={"eimf_core-stubs": "csrc/stubs"},
     package_data={"eimf_core-stubs": ["*.pyi"]},
-    ext_modules=[Extension("eimf_core", SOURCES, depends=HEADERS, include_dirs=["csrc"], language="c++",
+    ext_modules=[Extension("eimf_core", SOURCES, depends=HEADERS, include_dirs=["csrc"], define_macros=[("EIMF_LOCAL", None)], language="c++",
                            extra_compile_args=FLAGS + native, extra_link_args=["-pthread"])],
     cmdclass={"build_ext": Build},
 )

@@ -23,7 +23,7 @@ namespace eimf {
 namespace {
 
 constexpr double NEVER = -1e300;  // stands for minus infinity where arithmetic must stay finite
-constexpr size_t FIRST_LENGTH = 64, GROWTH = 4;  // of lists
+constexpr size_t FIRST_LENGTH = 64, USUAL_LENGTH = 256, GROWTH = 4;  // of lists
 // Lists that hold more than 1 / LISTED_SHARE of all pairs are worse than the matrix.
 constexpr size_t LISTED_SHARE = 16;
 // A matrix of so many bytes at most is also preferred to lists that would do, but be longer than twice the first length; larger ones of
@@ -47,6 +47,9 @@ struct Neighbour {
 };
 
 constexpr size_t ENTRY_BYTES = sizeof(uint32_t) + sizeof(float);
+
+// For each point, a list of this length and the search for it.
+size_t search_bytes(size_t length) { return length * ENTRY_BYTES + bytes_per_row(length + 1); }
 
 // All similarities; the diagonal is arbitrary. They lie row after row or, where there are many of points, by halves: those are symmetric but
 // for the row's weight, so square tiles on and below the diagonal hold all. A row then is read with the whole strip of TILE rows that it is in.
@@ -136,8 +139,10 @@ public:
     virtual bool complete() const { return true; }
     // Give each of `which` a list of at least `length` neighbours (or all there are), by calling fill(i, neighbours, bound).
     using Fill = std::function<void(size_t i, const Neighbour *sorted, size_t length, float bound)>;
-    // If `pairs` is there, and all rows are wanted, all similarities go there.
-    virtual void neighbours(const uint32_t *which, size_t count, size_t length, Team &team, Memory &memory, const Fill &fill, Pairs *pairs) const = 0;
+    // If `pairs` is there, and all rows are wanted, all similarities go there. A search that takes long polls now and then, on the calling
+    // thread; what that throws ends it.
+    using Poll = std::function<void()>;
+    virtual void neighbours(const uint32_t *which, size_t count, size_t length, Team &team, Memory &memory, const Fill &fill, Pairs *pairs, const Poll &poll) const = 0;
     // s(i,k); false if i has no edge to k.
     virtual bool similarity(size_t i, size_t k, double *s) const = 0;
     // For each member, the sum of s(i, member) over the other members (NEVER where one has no edge to it).
@@ -193,7 +198,7 @@ public:
     size_t n() const override { return point_.size(); }
 
     bool similarity(size_t i, size_t k, double *s) const override {
-        *s = -kernels_->squared_distance(row(i), row(k), d_) * weight_[i];
+        *s = unweighted(i, k) * static_cast<float>(weight_[i]);  // rounded as in the lists, so that it does not matter which one is read
         return true;
     }
 
@@ -210,7 +215,7 @@ public:
         return true;
     }
 
-    void neighbours(const uint32_t *which, size_t count, size_t length, Team &team, Memory &memory, const Fill &fill, Pairs *pairs) const override {
+    void neighbours(const uint32_t *which, size_t count, size_t length, Team &team, Memory &memory, const Fill &fill, Pairs *pairs, const Poll &poll) const override {
         const size_t wanted = std::min(length, n() - 1);
         const auto listed = [&](size_t i, const RankKey *keys, size_t found) {
             Buffer<Neighbour> list(memory, found);
@@ -233,7 +238,7 @@ public:
             fill(i, list.data(), kept, bound);
         };
         if (count == n()) {
-            AllPairs all{kernels_, centred_.data(), n(), d_, bias_.data(), wanted + 1, {}, listed};
+            AllPairs all{kernels_, centred_.data(), n(), d_, bias_.data(), wanted + 1, {}, listed, poll};
             if (pairs)
                 all.products = [&](size_t i, size_t first, size_t count, const float *products) {
                     pairs->put(i, first, count, products, bias_.data(), *kernels_);
@@ -306,17 +311,20 @@ public:
                 if (i != k && s_[i * n_ + k] != s_[1]) return false;
         return true;
     }
-    void neighbours(const uint32_t *which, size_t count, size_t length, Team &team, Memory &memory, const Fill &fill, Pairs *) const override {
+    void neighbours(const uint32_t *which, size_t count, size_t length, Team &team, Memory &memory, const Fill &fill, Pairs *, const Poll &poll) const override {
         const size_t wanted = std::min(length, n_ - 1);
-        team.run(count, [&](size_t q) {
-            const size_t i = which[q];
-            Buffer<Neighbour> all(memory, n_ - 1);
-            for (size_t k = 0, j = 0; k < n_; ++k)
-                if (k != i) all[j++] = {s_[i * n_ + k], static_cast<uint32_t>(k)};
-            std::partial_sort(all.begin(), all.begin() + wanted, all.end());
-            const bool whole = wanted == n_ - 1;
-            fill(i, all.data(), wanted, whole ? -std::numeric_limits<float>::infinity() : all[wanted - 1].s);
-        });
+        for (size_t first = 0; first < count; first += 1024) {
+            poll();
+            team.run(std::min<size_t>(1024, count - first), [&](size_t q) {
+                const size_t i = which[first + q];
+                Buffer<Neighbour> all(memory, n_ - 1);
+                for (size_t k = 0, j = 0; k < n_; ++k)
+                    if (k != i) all[j++] = {s_[i * n_ + k], static_cast<uint32_t>(k)};
+                std::partial_sort(all.begin(), all.begin() + wanted, all.end());
+                const bool whole = wanted == n_ - 1;
+                fill(i, all.data(), wanted, whole ? -std::numeric_limits<float>::infinity() : all[wanted - 1].s);
+            });
+        }
     }
     Pairs pairs(Memory &) const override { return {s_, n_, largest_}; }
     void medoid_scores(const uint32_t *members, size_t count, double *scores) const override {
@@ -358,7 +366,7 @@ public:
             if (row.length != n_ - 1 || row.s[0] != rows[0].s[0] || row.s[row.length - 1] != rows[0].s[0]) return false;
         return true;
     }
-    void neighbours(const uint32_t *which, size_t count, size_t, Team &team, Memory &memory, const Fill &fill, Pairs *) const override {
+    void neighbours(const uint32_t *which, size_t count, size_t, Team &team, Memory &memory, const Fill &fill, Pairs *, const Poll &) const override {
         team.run((count + 1023) / 1024, [&](size_t block) {
             for (size_t q = block * 1024; q < std::min(count, (block + 1) * 1024); ++q) {
                 const size_t i = which[q], degree = static_cast<size_t>(indptr_[i + 1] - indptr_[i]);
@@ -397,19 +405,21 @@ private:
 // The neighbour lists of all rows. They only grow, so a later run over the same source finds them as long as earlier ones needed.
 class Lists {
 public:
+    using Poll = Source::Poll;
+
     Lists(const Source &source, Memory &memory) : source_(source), memory_(memory), rows_(source.n()), owned_(source.n()) {}
 
     const Row &operator[](size_t i) const { return rows_[i]; }
     const std::vector<Row> &rows() const { return rows_; }
 
     // Make all lists at least this long, or whole. At the first time get all pairs as well, if they are wanted and may be held.
-    void load(Team &team, size_t length, bool with_pairs) {
+    void load(Team &team, size_t length, bool with_pairs, const Poll &poll) {
         if (!loaded_) {
-            fetch_all(team, length, with_pairs && pairs_fit());
+            fetch_all(team, length, with_pairs && pairs_fit(), poll);
         } else {
             std::vector<uint32_t> all(source_.n());
             std::iota(all.begin(), all.end(), 0u);
-            grow(all, std::vector<uint32_t>(all.size(), static_cast<uint32_t>(length)), team);
+            grow(all, std::vector<uint32_t>(all.size(), static_cast<uint32_t>(length)), team, poll);
         }
         loaded_ = true;
     }
@@ -420,32 +430,34 @@ public:
         return static_cast<bool>(pairs_);
     }
 
-    const Pairs &pairs(Team &team) {
+    const Pairs &pairs(Team &team, const Poll &poll) {
         if (!pairs_) {
             Lists again(source_, memory_);  // its lists are the first ones
-            again.fetch_all(team, FIRST_LENGTH, true);
+            again.fetch_all(team, FIRST_LENGTH, true, poll);
             pairs_ = std::move(again.pairs_);
         }
         return pairs_;
     }
 
     // Make the lists of `which` at least as long as `lengths` says, or whole.
-    void grow(const std::vector<uint32_t> &which, const std::vector<uint32_t> &lengths, Team &team) {
+    void grow(const std::vector<uint32_t> &which, const std::vector<uint32_t> &lengths, Team &team, const Poll &poll) {
         std::map<uint32_t, std::vector<uint32_t>> by_length;
         for (size_t q = 0; q < which.size(); ++q)
             if (rows_[which[q]].length < lengths[q] && rows_[which[q]].bound > -std::numeric_limits<float>::infinity()) by_length[lengths[q]].push_back(which[q]);
-        for (const auto &[length, rows] : by_length) fetch(rows, length, team);
+        for (const auto &[length, rows] : by_length) fetch(rows, length, team, nullptr, poll);
     }
 
 private:
-    void fetch_all(Team &team, size_t length, bool with_pairs) {
+    void fetch_all(Team &team, size_t length, bool with_pairs, const Poll &poll) {
         std::vector<uint32_t> all(source_.n());
         std::iota(all.begin(), all.end(), 0u);
-        if (with_pairs) pairs_ = source_.pairs(memory_);
-        fetch(all, length, team, with_pairs ? &pairs_ : nullptr);
+        Pairs pairs;  // kept only if the search comes to its end
+        if (with_pairs) pairs = source_.pairs(memory_);
+        fetch(all, length, team, with_pairs ? &pairs : nullptr, poll);
+        if (with_pairs) pairs_ = std::move(pairs);
     }
 
-    void fetch(const std::vector<uint32_t> &which, size_t length, Team &team, Pairs *pairs = nullptr) {
+    void fetch(const std::vector<uint32_t> &which, size_t length, Team &team, Pairs *pairs, const Poll &poll) {
         source_.neighbours(which.data(), which.size(), length, team, memory_,
                            [this](size_t i, const Neighbour *sorted, size_t found, float bound) {
                                Buffer<unsigned char> larger(memory_, found * ENTRY_BYTES);
@@ -454,7 +466,7 @@ private:
                                for (size_t j = 0; j < found; ++j) row.s[j] = sorted[j].s, row.id[j] = sorted[j].id;
                                rows_[i] = row;
                                owned_[i] = std::move(larger);
-                           }, pairs);
+                           }, pairs, poll);
     }
 
     const Source &source_;
@@ -589,8 +601,10 @@ public:
 
     Clustering run(eimf_ap_result *result) {
         report(0, 0);
-        const auto [length, with_matrix] = expected();
-        lists_.load(team_, length, with_matrix);
+        auto [length, with_matrix] = expected();
+        // Shorter lists, which then grow where they must, if the search for these takes more memory than there may be.
+        while (length > FIRST_LENGTH && !memory_.allows(n_ * search_bytes(length))) length = std::max(FIRST_LENGTH, length / 2);
+        lists_.load(team_, length, with_matrix, searching_);
         for (size_t i = 0; i < n_; ++i) visible_[i] = static_cast<uint32_t>(std::min<size_t>(length, lists_[i].length));
         report(0, 0);
         Clustering found;
@@ -616,7 +630,9 @@ public:
             }
             if (iteration >= first_candidate && exemplar_count_ > 0) {
                 Clustering now = refined(current_exemplars());
-                if (now.unassigned < best.unassigned || now.net_similarity > best.net_similarity || best.exemplars.empty())
+                // Points without an exemplar add nothing, so their number comes first.
+                if (best.exemplars.empty() || now.unassigned < best.unassigned ||
+                    (now.unassigned == best.unassigned && now.net_similarity > best.net_similarity))
                     best = std::move(now);
             }
         }
@@ -818,7 +834,7 @@ private:
                 use_matrix();
                 return team_.run(blocked.size(), [&](size_t q) { matrix_block(blocked[q], false); });
             }
-            lists_.grow(short_rows, lengths, team_);
+            lists_.grow(short_rows, lengths, team_, searching_);
             for (size_t q = 0; q < short_rows.size(); ++q) visible_[short_rows[q]] = lengths[q];
             std::vector<uint32_t> still;
             for (uint32_t i : short_rows)
@@ -861,7 +877,7 @@ private:
     // From here on with the matrix. Between two iterations, or in the middle of one: then blocks without waiting rows have done this
     // iteration's responsibilities already.
     void use_matrix() {
-        pairs_ = &lists_.pairs(team_);
+        pairs_ = &lists_.pairs(team_, searching_);
         partial_ = Buffer<double>(memory_, checked_product(blocks_, n_), 0.0);
         for (size_t b = 0; b < blocks_; ++b) {
             for (const Positive &p : positive_[b]) partial_[b * n_ + p.id] += p.r;
@@ -1098,6 +1114,13 @@ private:
         float *screen = scratch.screen.data(), *maxima = scratch.maxima.data();
         hide(i, screen);
         kernels_->stretch_maxima(s, screen, n_, maxima);
+        if (!std::isfinite(s[i])) {  // the diagonal may hold anything
+            const size_t first = i / STRETCH * STRETCH;
+            float most = -std::numeric_limits<float>::infinity();
+            for (size_t k = first; k < std::min(n_, first + STRETCH); ++k)
+                if (k != i) most = std::max(most, s[k] + screen[k]);
+            maxima[i / STRETCH] = most;
+        }
         float top = -std::numeric_limits<float>::infinity(), next = top;
         for (size_t first = 0; first < n_; first += STRETCH) {
             const float value = maxima[first / STRETCH];
@@ -1234,6 +1257,7 @@ private:
     const ScoreKernels *kernels_;
     Team &team_;
     Memory &memory_;
+    const Source::Poll searching_ = [this] { report(0, 0); };
     size_t n_, blocks_ = 0;
     const double *preference_;  // as given
     std::vector<Messages> messages_;
@@ -1273,7 +1297,7 @@ void check_options(const eimf_ap_options &o, size_t n, const double *preference,
     if (n >= NOBODY) fail(EIMF_ERROR_ARGUMENT, "there are %zu points; at most %u are supported", n, NOBODY - 1);
     if (n_preference != 1 && n_preference != n)
         fail(EIMF_ERROR_ARGUMENT, "preference has %zu values; expected 1 or one for each of the %zu points", n_preference, n);
-    if (!preference) fail(EIMF_ERROR_ARGUMENT, "preference is NULL");
+    check_pointer(preference, "preference");
     for (size_t i = 0; i < n_preference; ++i)
         if (!(std::fabs(preference[i]) <= 1e38)) fail(EIMF_ERROR_ARGUMENT, "preference[%zu] is %g; expected a finite float32 number", i, preference[i]);
 }
@@ -1282,6 +1306,12 @@ const ScoreKernels *kernels_for(const eimf_ap_options &options) {
     const ScoreKernels *kernels = score_kernels(options.kernel);
     if (!kernels) fail(EIMF_ERROR_ARGUMENT, "kernel %d is not available on this CPU", static_cast<int>(options.kernel));
     return kernels;
+}
+
+void check_outputs(const int64_t *exemplars, const int64_t *labels, const eimf_ap_result *result) {
+    check_pointer(exemplars, "exemplars");
+    check_pointer(labels, "labels");
+    check_pointer(result, "result");
 }
 
 std::vector<double> expand(const double *preference, size_t n_preference, size_t n) {
@@ -1358,7 +1388,8 @@ Groups merge_equal(const float *x, size_t n, size_t d, const double *preference)
 void check_points(const float *x, size_t n, size_t d) {
     if (n == 0) fail(EIMF_ERROR_ARGUMENT, "there are 0 points; expected at least 1");
     if (n >= NOBODY) fail(EIMF_ERROR_ARGUMENT, "there are %zu points; at most %u are supported", n, NOBODY - 1);
-    if (d == 0 || !x) fail(EIMF_ERROR_ARGUMENT, "points have %zu dimensions; expected at least 1", d);
+    if (d == 0) fail(EIMF_ERROR_ARGUMENT, "points have 0 dimensions; expected at least 1");
+    check_pointer(x, "x");
     checked_product(checked_product(n, d), sizeof(float));
     const double largest = largest_magnitude(x, n, d, "x");
     if (largest * largest * 4 * static_cast<double>(d) * static_cast<double>(n) > 1e38)
@@ -1416,9 +1447,12 @@ extern "C" eimf_ap_options eimf_ap_defaults(void) {
 }
 
 extern "C" size_t eimf_affinity_propagation_bytes(size_t n, size_t d) {
-    const double blocks = std::min<double>(32, static_cast<double>(n) / 512 + 1);
-    const double bytes = static_cast<double>(n) * (std::min<double>(FIRST_LENGTH, static_cast<double>(n)) * ENTRY_BYTES + static_cast<double>(bytes_per_row(FIRST_LENGTH + 1)) + 4.0 * static_cast<double>(d) +
-                                                   8 * blocks + 256) + (4 << 20);
+    // Lists and the search for them or, of few points, all similarities, with what Lists::pairs_fit leaves free.
+    const double points = static_cast<double>(n), blocks = std::min<double>(32, points / 512 + 1);
+    double search = static_cast<double>(search_bytes(std::min(USUAL_LENGTH, n)));
+    if (d && points * points <= SMALL_MATRIX / sizeof(float))
+        search = std::max(search, static_cast<double>(search_bytes(std::min(FIRST_LENGTH, n))) + points * (sizeof(float) + 1));
+    const double bytes = points * (search + 4.0 * static_cast<double>(d) + 8 * blocks + 256) + (4 << 20);
     return bytes < static_cast<double>(std::numeric_limits<size_t>::max()) ? static_cast<size_t>(bytes) : std::numeric_limits<size_t>::max();
 }
 
@@ -1429,6 +1463,7 @@ extern "C" eimf_status eimf_affinity_propagation(const float *x, size_t n, size_
         const eimf_ap_options options = given ? *given : eimf_ap_defaults();
         check_points(x, n, d);
         check_options(options, n, preference, n_preference);
+        check_outputs(exemplars, labels, result);
         *result = {};
         const std::vector<double> all = expand(preference, n_preference, n);
         eimf_points(x, n, d, all.data(), options).run(all, options, exemplars, labels, result);
@@ -1437,6 +1472,7 @@ extern "C" eimf_status eimf_affinity_propagation(const float *x, size_t n, size_
 
 extern "C" eimf_status eimf_points_create(const float *x, size_t n, size_t d, const eimf_ap_options *given, eimf_points **points, eimf_error *error) {
     return guarded(error, [&] {
+        check_pointer(points, "points");
         *points = nullptr;
         const eimf_ap_options options = given ? *given : eimf_ap_defaults();
         check_points(x, n, d);
@@ -1451,8 +1487,9 @@ extern "C" eimf_status eimf_points_affinity_propagation(eimf_points *points, con
                                                         eimf_ap_result *result, eimf_error *error) {
     return guarded(error, [&] {
         const eimf_ap_options options = given ? *given : eimf_ap_defaults();
-        if (!points) fail(EIMF_ERROR_ARGUMENT, "the points are NULL");
+        check_pointer(points, "points");
         check_options(options, points->n, preference, n_preference);
+        check_outputs(exemplars, labels, result);
         *result = {};
         const std::vector<double> all = expand(preference, n_preference, points->n);
         if (!points->suits(all)) return eimf_points(points->x, points->n, points->d, all.data(), options).run(all, options, exemplars, labels, result);
@@ -1469,9 +1506,10 @@ extern "C" eimf_status eimf_affinity_propagation_precomputed(const float *s, siz
     return guarded(error, [&] {
         const eimf_ap_options options = given ? *given : eimf_ap_defaults();
         check_options(options, n, preference, n_preference);
+        check_outputs(exemplars, labels, result);
         checked_product(checked_product(n, n), sizeof(float));
-        if (!s) fail(EIMF_ERROR_ARGUMENT, "similarities are NULL");
-        const double largest = largest_magnitude(s, n, n, "similarities");
+        check_pointer(s, "s");
+        const double largest = largest_magnitude(s, n, n, "similarities", false);
         *result = {};
         Memory memory(options.allocator, options.memory_limit);
         const std::vector<double> all = expand(preference, n_preference, n);
@@ -1490,6 +1528,7 @@ extern "C" eimf_status eimf_affinity_propagation_sparse(const int64_t *indptr, c
     return guarded(error, [&] {
         const eimf_ap_options options = given ? *given : eimf_ap_defaults();
         check_options(options, n, preference, n_preference);
+        check_outputs(exemplars, labels, result);
         if (!indptr || indptr[0] != 0) fail(EIMF_ERROR_ARGUMENT, "indptr must begin with 0");
         for (size_t i = 0; i < n; ++i)
             if (indptr[i + 1] < indptr[i])

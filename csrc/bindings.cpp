@@ -110,6 +110,20 @@ size_t physical_memory() {
     return pages > 0 && size > 0 ? static_cast<size_t>(pages) * static_cast<size_t>(size) : 0;
 }
 
+// A new array for results. If there is no memory for it, a ValueError, as for all sizes that do not fit.
+template <class T>
+py::array_t<T> results(py::ssize_t rows, py::ssize_t columns) {
+    const std::string shape = "(" + std::to_string(rows) + ", " + std::to_string(columns) + ")";
+    const size_t most = physical_memory() ? physical_memory() : static_cast<size_t>(PY_SSIZE_T_MAX);
+    if (rows && static_cast<size_t>(columns) > most / sizeof(T) / static_cast<size_t>(rows)) throw py::value_error("results of shape " + shape + " do not fit into memory");
+    try {
+        return py::array_t<T>({rows, columns});
+    } catch (py::error_already_set &error) {
+        if (!error.matches(PyExc_MemoryError)) throw;
+    }
+    throw py::value_error("results of shape " + shape + " do not fit into memory");
+}
+
 struct Settings {
     double damping;
     long long max_iter, convergence_iter, n_threads, memory_limit;
@@ -286,11 +300,9 @@ py::tuple top_n(const py::object &interests, const py::object &items, long long 
         options.allowed = static_cast<const uint8_t *>(mask.data());
     }
     const py::ssize_t users = queries.shape(0), count = static_cast<py::ssize_t>(n);
-    if (users && count > PY_SSIZE_T_MAX / 16 / users)
-        throw py::value_error("results for " + std::to_string(users) + " users x " + std::to_string(n) + " items do not fit into memory");
-    py::array_t<int64_t> ids({users, count});
-    py::array_t<float> scores({users, count});
-    py::array_t<int32_t> winner({users, count});
+    py::array_t<int64_t> ids = results<int64_t>(users, count);
+    py::array_t<float> scores = results<float>(users, count);
+    py::array_t<int32_t> winner = results<int32_t>(users, count);
     int64_t *ids_data = ids.mutable_data();
     float *scores_data = scores.mutable_data();
     int32_t *winner_data = winner.mutable_data();
@@ -318,11 +330,9 @@ py::tuple diversify(const py::object &ids, const py::object &scores, const py::o
         throw py::value_error("ids have shape " + shape_text(candidates) + " and scores " + shape_text(values) + "; expected the same");
     if (n < 0) throw py::value_error("n is " + std::to_string(n) + "; expected 0 or more");
     const py::ssize_t users = candidates.shape(0), count = static_cast<py::ssize_t>(n);
-    if (users && count > PY_SSIZE_T_MAX / 16 / users)
-        throw py::value_error("results for " + std::to_string(users) + " users x " + std::to_string(n) + " items do not fit into memory");
     const size_t threads = thread_count(n_threads);
-    py::array_t<int64_t> chosen({users, count});
-    py::array_t<float> chosen_scores({users, count});
+    py::array_t<int64_t> chosen = results<int64_t>(users, count);
+    py::array_t<float> chosen_scores = results<float>(users, count);
     int64_t *chosen_data = chosen.mutable_data();
     float *scores_data = chosen_scores.mutable_data();
     eimf_error error{};
@@ -349,11 +359,11 @@ py::tuple softmax_loss(const py::object &queries, const py::object &items, const
                               shape_text(weights) + "; expected (B, D), (N, D), (B,) and (B,)");
     const size_t threads = thread_count(n_threads);
     const eimf_kernel chosen = kernel_named(kernel);
-    py::array_t<float> losses(b), query_gradient({b, d});
+    py::array_t<float> losses(b), query_gradient = results<float>(b, d);
     py::object gradient = py::none();
     float *gradient_data = nullptr;
     if (item_gradient) {
-        py::array_t<float> made({n, d});
+        py::array_t<float> made = results<float>(n, d);
         gradient_data = made.mutable_data();
         gradient = made;
     }
@@ -381,7 +391,7 @@ PYBIND11_MODULE(eimf_core, m) {
         .def_readonly("exemplars", &Clustering::exemplars, "(m,) int64, ascending: the points that stand for a cluster.")
         .def_readonly("labels", &Clustering::labels, "(n,) int64: each point's cluster, a position in `exemplars`; -1 (sparse only) without one.")
         .def_readonly("n_iter", &Clustering::n_iter, "Iterations done; 0 if the answer needed none.")
-        .def_readonly("converged", &Clustering::converged, "False: max_iter was reached, and this is the best of the last convergence_iter states.")
+        .def_readonly("converged", &Clustering::converged, "False: max_iter was reached, and this is the best of the last convergence_iter states and (not sparse) one cluster.")
         .def_readonly("net_similarity", &Clustering::net_similarity, "Sum of similarities to the exemplars plus the exemplars' preferences.")
         .def_readonly("n_unassigned", &Clustering::n_unassigned, "Points with label -1.")
         .def_readonly("peak_bytes", &Clustering::peak_bytes, "Most work memory that was held at once, in bytes.")
@@ -405,7 +415,8 @@ x: float32 (n, d) points, similarity = minus squared Euclidean distance; or floa
 preference: similarity of a point to itself, a number or an array (n,); lower gives fewer clusters.
 damping, max_iter, convergence_iter: as in scikit-learn. n_threads: 0 for all cores.
 memory_limit: most bytes of work memory to take, 0 for the machine's physical memory.
-progress: called as progress(iteration, exemplars) after each iteration; what it raises ends the run.
+progress: called as progress(iteration, exemplars) after each iteration, and with 0, 0 while neighbours are searched; what it
+    raises ends the run.
 
 Equal points are merged first and other ties decided by index, without random numbers. Returns a Clustering. Raises
 ValueError for a wrong dtype, shape or layout, for NaN or infinities, and when memory does not suffice.)");
@@ -489,7 +500,9 @@ Returns losses float32 (B,), and the gradients of the sum of weight * loss: by q
               if (n < 0 || d < 0) throw py::value_error("n and d must not be negative");
               return eimf_affinity_propagation_bytes(static_cast<size_t>(n), static_cast<size_t>(d));
           },
-          py::arg("n"), py::arg("d"), "Work memory in bytes that affinity_propagation takes for n points of d dimensions at usual preferences.");
+          py::arg("n"), py::arg("d"),
+          "Work memory in bytes of affinity_propagation for n points of d dimensions at usual preferences. As memory_limit it suffices then; without a limit more "
+          "may be taken, where that is faster.");
 
     m.def("kernels", [] {
               py::list names;

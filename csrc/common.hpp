@@ -71,10 +71,17 @@ inline size_t checked_product(size_t a, size_t b) {
     return a * b;
 }
 
+// `name`, an array of so many elements, may be NULL only if that is none.
+inline void check_pointer(const void *pointer, const char *name, size_t elements = 1) {
+    if (!pointer && elements) fail(EIMF_ERROR_ARGUMENT, "%s is NULL; expected a pointer", name);
+}
+
 // The caller's allocator with a limit and a high-water mark. Thread-safe.
 class Memory {
 public:
-    Memory(const eimf_allocator &allocator, size_t limit) : allocator_(allocator), limit_(limit) {}
+    Memory(const eimf_allocator &allocator, size_t limit) : allocator_(allocator), limit_(limit) {
+        if (!allocator.allocate != !allocator.release) fail(EIMF_ERROR_ARGUMENT, "only one of allocator.allocate and allocator.release is NULL; expected both or none");
+    }
 
     void *allocate(size_t bytes) {
         const size_t now = held_.fetch_add(bytes) + bytes;

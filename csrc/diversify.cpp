@@ -62,6 +62,11 @@ extern "C" eimf_status eimf_diversify(const int64_t *ids, const float *scores, s
     return guarded(error, [&] {
         if (!(penalty >= 0) || !std::isfinite(penalty)) fail(EIMF_ERROR_ARGUMENT, "penalty is %g; expected a finite number of 0 or more", penalty);
         checked_product(checked_product(users, std::max(candidates, n)), sizeof(int64_t));
+        check_pointer(ids, "ids", users * candidates);
+        check_pointer(scores, "scores", users * candidates);
+        check_pointer(category, "category", users && candidates ? n_items : 0);
+        check_pointer(chosen_ids, "chosen_ids", users * n);
+        check_pointer(chosen_scores, "chosen_scores", users * n);
         const Lists lists{ids, scores, candidates, category, n_items, n, penalty};
         Team team(std::min(n_threads ? n_threads : std::thread::hardware_concurrency(), (users + 63) / 64));
         team.run((users + 63) / 64, [&](size_t block) {

@@ -14,13 +14,24 @@
 #include <stddef.h>
 #include <stdint.h>
 
+/* The functions below are the only names that a shared library shows; none of them if EIMF_LOCAL is defined where they are compiled. */
+#if defined(__GNUC__) && !defined(EIMF_LOCAL)
+#pragma GCC visibility push(default)
+#endif
 #ifdef __cplusplus
 extern "C" {
 #endif
 
 #define EIMF_VERSION "0.1.0"
 
-typedef enum eimf_status {
+/* In C++ an enumeration of which any int may be read, as in C: a value that is none of these is refused. */
+#ifdef __cplusplus
+#define EIMF_ENUM(name) typedef enum name : int
+#else
+#define EIMF_ENUM(name) typedef enum name
+#endif
+
+EIMF_ENUM(eimf_status) {
     EIMF_OK = 0,
     EIMF_ERROR_ARGUMENT = 1,    /* a size, pointer, index or value that cannot be used (NaN and infinities included) */
     EIMF_ERROR_MEMORY = 2,      /* the allocator returned NULL, or memory_limit would be exceeded */
@@ -32,7 +43,7 @@ typedef struct eimf_error {
     char message[320]; /* NUL-terminated; empty after success */
 } eimf_error;
 
-/* Where work memory comes from. All NULL: malloc and free. `allocate` returns memory aligned as malloc's, or NULL; it may
+/* Where work memory comes from. Both NULL: malloc and free. `allocate` returns memory aligned as malloc's, or NULL; it may
  * be called from several threads at once. */
 typedef struct eimf_allocator {
     void *(*allocate)(void *context, size_t bytes);
@@ -41,7 +52,7 @@ typedef struct eimf_allocator {
 } eimf_allocator;
 
 /* Instruction set of the scoring kernels. Every choice gives the same bits. */
-typedef enum eimf_kernel {
+EIMF_ENUM(eimf_kernel) {
     EIMF_KERNEL_AUTO = 0, /* the fastest one this CPU has */
     EIMF_KERNEL_SCALAR = 1,
     EIMF_KERNEL_AVX2 = 2, /* with FMA */
@@ -95,7 +106,8 @@ typedef struct eimf_ap_options {
     size_t memory_limit;     /* bytes of work memory; 0 (default): no limit */
     eimf_kernel kernel;
     /* Called on the calling thread after each iteration; a non-zero result stops the run with EIMF_ERROR_INTERRUPTED.
-     * iteration 0 is reported while neighbours are searched. NULL (default): none. */
+     * iteration 0 is reported while neighbours are searched, several times where that takes long: at first, and again where all
+     * lists must grow or all similarities prove to be needed. NULL (default): none. */
     int (*progress)(void *context, size_t iteration, size_t exemplars);
     void *progress_context;
     eimf_allocator allocator;
@@ -104,7 +116,8 @@ typedef struct eimf_ap_options {
 typedef struct eimf_ap_result {
     size_t n_exemplars;
     size_t n_iter;         /* iterations done */
-    int converged;         /* 0: max_iter reached; the outputs then hold the best of the last convergence_iter states and one cluster */
+    int converged;         /* 0: max_iter reached; the outputs then hold the best of the last convergence_iter states and one cluster.
+                            * Sparse: of the states alone, the one with fewest points unassigned */
     size_t n_unassigned;   /* sparse only: points without an edge to any exemplar, label -1 */
     double net_similarity; /* sum of s(i, exemplar of i) over the others + sum of the exemplars' preferences */
     size_t peak_bytes;     /* most work memory held at once */
@@ -112,8 +125,9 @@ typedef struct eimf_ap_result {
 
 eimf_ap_options eimf_ap_defaults(void);
 
-/* Work memory of a run over n points of d dimensions (d = 0: precomputed) as long as neighbour lists of 64 suffice.
- * SIZE_MAX on overflow. Very low preferences take more: see above. */
+/* Work memory of a run over n points of d dimensions (d = 0: precomputed) at usual preferences: as long as neighbour lists of 256 suffice,
+ * or with all similarities of few points (n^2 floats within 128 MiB). Where longer lists would be faster a run without a limit takes more;
+ * with this as memory_limit it starts with shorter ones and gets through. Low preferences take more: see above. SIZE_MAX on overflow. */
 size_t eimf_affinity_propagation_bytes(size_t n, size_t d);
 
 /* Points x (n, d), similarity = minus squared Euclidean distance.
@@ -235,5 +249,8 @@ eimf_status eimf_affinity_propagation_reference(const float *s, size_t n, const 
 
 #ifdef __cplusplus
 }
+#endif
+#if defined(__GNUC__) && !defined(EIMF_LOCAL)
+#pragma GCC visibility pop
 #endif
 #endif

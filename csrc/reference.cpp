@@ -12,6 +12,11 @@ extern "C" eimf_status eimf_affinity_propagation_reference(const float *s, size_
     return guarded(error, [&] {
         const eimf_ap_options options = given ? *given : eimf_ap_defaults();
         if (n == 0 || (n_preference != 1 && n_preference != n)) fail(EIMF_ERROR_ARGUMENT, "expected n >= 1 and 1 or n preferences");
+        check_pointer(s, "s");
+        check_pointer(preference, "preference");
+        check_pointer(exemplars, "exemplars");
+        check_pointer(labels, "labels");
+        check_pointer(result, "result");
         *result = {};
         const double damping = options.damping, gain = 1 - damping;
         std::vector<double> S(s, s + checked_product(n, n)), R(n * n, 0.0), A(n * n, 0.0), p(n);

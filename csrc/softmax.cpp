@@ -122,6 +122,13 @@ extern "C" eimf_status eimf_softmax_loss(const float *queries, size_t users, con
         const ScoreKernels *kernels = score_kernels(kernel);
         if (!kernels) fail(EIMF_ERROR_ARGUMENT, "this CPU cannot run the kernel asked for (%d)", static_cast<int>(kernel));
         if (users && (!n_items || !dim)) fail(EIMF_ERROR_ARGUMENT, "items have shape (%zu, %zu); expected at least one item of one dimension", n_items, dim);
+        check_pointer(queries, "queries", users);
+        check_pointer(items, "items", users);
+        check_pointer(target, "target", users);
+        check_pointer(weight, "weight", users);
+        check_pointer(excluded, "excluded", n_excluded);
+        check_pointer(losses, "losses", users);
+        check_pointer(query_gradient, "query_gradient", users);
         std::vector<uint8_t> is_excluded(n_items, 0);
         for (size_t i = 0; i < n_excluded; ++i) {
             if (excluded[i] < 0 || static_cast<size_t>(excluded[i]) >= n_items)

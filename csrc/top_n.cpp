@@ -446,6 +446,7 @@ void nearest_of_all(const AllPairs &given, Team &team, Memory &memory) {
 
     // Each row must see the items by rising id. So at block J, first all earlier rows see J's, then J's rows see the earlier ones, then J's.
     for (size_t j0 = 0; j0 < n; j0 += BLOCK) {
+        if (p.poll) p.poll();
         const size_t here = std::min(BLOCK, n - j0);
         for (size_t j = 0; j < here; j += width) {
             const float *item[64];
@@ -504,20 +505,25 @@ void nearest_of_all(const AllPairs &given, Team &team, Memory &memory) {
     });
 }
 
-float largest_magnitude(const float *values, size_t rows, size_t columns, const char *what) {
+float largest_magnitude(const float *values, size_t rows, size_t columns, const char *what, bool diagonal) {
     // The bits of magnitudes order as integers do, with infinity and NaN above all finite numbers.
     constexpr int32_t infinity = 0x7f800000;
     int32_t largest = 0;
     for (size_t i = 0; i < rows; ++i) {
         const float *row = values + i * columns;
+        const size_t skipped = diagonal ? columns : std::min(i, columns);
         int32_t top = 0;
-        for (size_t j = 0; j < columns; ++j) {
-            int32_t bits;
-            std::memcpy(&bits, row + j, 4);
-            top = std::max(top, bits & 0x7fffffff);
-        }
+        const auto look = [&](size_t first, size_t last) {
+            for (size_t j = first; j < last; ++j) {
+                int32_t bits;
+                std::memcpy(&bits, row + j, 4);
+                top = std::max(top, bits & 0x7fffffff);
+            }
+        };
+        look(0, skipped);
+        look(skipped + 1, columns);
         for (size_t j = 0; top >= infinity && j < columns; ++j)
-            if (!std::isfinite(row[j]))
+            if (j != skipped && !std::isfinite(row[j]))
                 fail(EIMF_ERROR_ARGUMENT, "%s: found %s in row %zu, column %zu; expected finite numbers", what,
                      std::isnan(row[j]) ? "NaN" : "an infinity", i, j);
         largest = std::max(largest, top);
@@ -545,7 +551,8 @@ void check(const Request &q) {
     checked_product(checked_product(q.users, checked_product(q.k, q.d)), sizeof(float));
     checked_product(checked_product(q.n_items, q.d), sizeof(float));
     checked_product(checked_product(q.users, q.n), sizeof(int64_t));
-    if ((q.users && !q.interests) || (q.n_items && !q.items)) fail(EIMF_ERROR_ARGUMENT, "a NULL pointer was given for a non-empty array");
+    check_pointer(q.interests, "interests", q.users);
+    check_pointer(q.items, "items", q.n_items);
     const int64_t *indptr = q.options.exclude_indptr, *indices = q.options.exclude_indices;
     if (!indptr) {
         if (indices) fail(EIMF_ERROR_ARGUMENT, "exclude_indices is given without exclude_indptr");
@@ -560,6 +567,12 @@ void check(const Request &q) {
         if (indices[e] < 0 || static_cast<uint64_t>(indices[e]) >= q.n_items)
             fail(EIMF_ERROR_ARGUMENT, "exclude_indices[%lld] is %lld; expected an item id from 0 to %lld", static_cast<long long>(e),
                  static_cast<long long>(indices[e]), static_cast<long long>(q.n_items) - 1);
+}
+
+void check_outputs(const Request &q, const int64_t *ids, const float *scores, const int32_t *interest) {
+    check_pointer(ids, "ids", q.users * q.n);
+    check_pointer(scores, "scores", q.users * q.n);
+    check_pointer(interest, "interest", q.users * q.n);
 }
 
 void check_magnitudes(const Request &q, float largest_item) {
@@ -628,6 +641,7 @@ namespace {
 // `prepared` may be nullptr.
 void run(const Request &q, const eimf_items *prepared, int64_t *ids, float *scores, int32_t *interest) {
     check(q);
+    check_outputs(q, ids, scores, interest);
     const ScoreKernels *kernels = prepared && q.options.kernel == EIMF_KERNEL_AUTO ? prepared->kernels : score_kernels(q.options.kernel);
     if (!kernels) fail(EIMF_ERROR_ARGUMENT, "kernel %d is not available on this CPU", static_cast<int>(q.options.kernel));
     if (prepared && kernels != prepared->kernels)
@@ -657,9 +671,10 @@ void run(const Request &q, const eimf_items *prepared, int64_t *ids, float *scor
     };
     Team team(std::min(q.options.n_threads ? q.options.n_threads : std::thread::hardware_concurrency(), q.users));
     largest_magnitude(q.interests, q.users, q.k * q.d, "interests");
-    if (prepared) check_magnitudes(q, prepared->largest);
+    const bool all_seen = !prepared && !q.options.allowed && q.users && q.n;  // the items, on the way
+    if (!all_seen) check_magnitudes(q, prepared ? prepared->largest : largest_magnitude(q.items, q.n_items, q.d, "items"));
     const float seen = top_n(problem, team, memory);
-    if (!prepared) check_magnitudes(q, seen);  // the items are seen on the way
+    if (all_seen) check_magnitudes(q, seen);
 }
 
 }  // namespace
@@ -675,6 +690,7 @@ extern "C" eimf_status eimf_top_n(const float *interests, size_t users, size_t n
 extern "C" eimf_status eimf_items_create(const float *items, size_t n_items, size_t dim, eimf_kernel kernel, const eimf_allocator *allocator,
                                          eimf_items **prepared, eimf_error *error) {
     return guarded(error, [&] {
+        check_pointer(prepared, "prepared");
         *prepared = nullptr;
         check({nullptr, 0, 1, dim, items, n_items, 0, eimf_top_n_defaults()});
         const ScoreKernels *kernels = score_kernels(kernel);
@@ -688,7 +704,7 @@ extern "C" void eimf_items_destroy(eimf_items *prepared) { delete prepared; }
 extern "C" eimf_status eimf_items_top_n(const eimf_items *prepared, const float *interests, size_t users, size_t n_interests, size_t n,
                                         const eimf_top_n_options *options, int64_t *ids, float *scores, int32_t *interest, eimf_error *error) {
     return guarded(error, [&] {
-        if (!prepared) fail(EIMF_ERROR_ARGUMENT, "the prepared items are NULL");
+        check_pointer(prepared, "prepared");
         run({interests, users, n_interests, prepared->d, prepared->items, prepared->n_items, n, options ? *options : eimf_top_n_defaults()}, prepared,
             ids, scores, interest);
     });
@@ -700,6 +716,7 @@ extern "C" eimf_status eimf_top_n_reference(const float *interests, size_t users
     return guarded(error, [&] {
         const Request q{interests, users, n_interests, dim, items, n_items, n, options ? *options : eimf_top_n_defaults()};
         check(q);
+        check_outputs(q, ids, scores, interest);
         check_magnitudes(q, largest_magnitude(items, n_items, dim, "items"));
         for (size_t u = 0; u < users; ++u) {
             struct Entry {

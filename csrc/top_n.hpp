@@ -79,13 +79,17 @@ struct AllPairs {
 
     // The result for a row, best first; once per row, on worker threads.
     std::function<void(size_t row, const RankKey *keys, size_t count)> result;
+
+    // May be empty. Called on the calling thread now and then before the first result; what it throws ends the search.
+    std::function<void()> poll;
 };
 void nearest_of_all(const AllPairs &problem, Team &team, Memory &memory);
 
 // Bytes of work memory for each row of `nearest_of_all`.
 size_t bytes_per_row(size_t wanted);
 
-// Fails unless all values are finite; returns their largest magnitude. `what` names the array in the message.
-float largest_magnitude(const float *values, size_t rows, size_t columns, const char *what);
+// Fails unless all values are finite; returns their largest magnitude. `what` names the array in the message. Without `diagonal` the
+// values (i, i) may be anything.
+float largest_magnitude(const float *values, size_t rows, size_t columns, const char *what, bool diagonal = true);
 
 }  // namespace eimf

@@ -194,11 +194,149 @@ void check_interrupt_and_errors() {
     eimf_ap_options options = eimf_ap_defaults();
     options.progress = [](void *, size_t iteration, size_t) { return iteration == 4 ? 1 : 0; };
     CHECK(cluster(x, 300, -50, options).status == EIMF_ERROR_INTERRUPTED);
+
+    // At many a call: in the first search for neighbours, in the one for all similarities, in iterations. Points can then be used as if new.
+    const std::vector<float> many = blobs(400, 3, 5, 9);
+    struct Calls {
+        long left;
+        long searching = 0;
+        static int progress(void *context, size_t iteration, size_t) {
+            Calls *self = static_cast<Calls *>(context);
+            self->searching += iteration == 0;
+            return self->left-- == 0;
+        }
+    };
+    for (const double preference : {-30.0, -2000.0}) {
+        const Clusters expected = cluster(many, 400, preference, eimf_ap_defaults());
+        for (long at = 0;; ++at) {
+            Failing allocations{{1L << 40}};
+            Calls calls{at};
+            options = eimf_ap_defaults();
+            options.n_threads = 2;
+            options.allocator = {Failing::allocate, Failing::release, &allocations};
+            eimf_points *points = nullptr;
+            CHECK(eimf_points_create(many.data(), 400, 3, &options, &points, nullptr) == EIMF_OK);
+            const long held = allocations.held;
+            options.progress = Calls::progress;
+            options.progress_context = &calls;
+            const Clusters c = cluster(many, 400, preference, options);
+            CHECK(allocations.held == held);
+            CHECK(c.status == (calls.left < 0 ? EIMF_ERROR_INTERRUPTED : EIMF_OK));
+            calls = {at};
+            std::vector<int64_t> exemplars(400), labels(400);
+            eimf_ap_result result;
+            const eimf_status status = eimf_points_affinity_propagation(points, &preference, 1, &options, exemplars.data(), labels.data(), &result, nullptr);
+            CHECK(status == c.status);
+            if (status == EIMF_OK) CHECK(calls.searching >= 2 + 3);  // 400 points are searched in three parts
+            options.progress = nullptr;
+            CHECK(eimf_points_affinity_propagation(points, &preference, 1, &options, exemplars.data(), labels.data(), &result, nullptr) == EIMF_OK);
+            CHECK(labels == expected.labels && result.net_similarity == expected.result.net_similarity);
+            eimf_points_destroy(points);
+            CHECK(allocations.held == 0);
+            if (status == EIMF_OK) break;
+            if (at > 12) at += 40;
+        }
+    }
     options = eimf_ap_defaults();
     options.damping = 2;
     CHECK(cluster(x, 300, -50, options).status == EIMF_ERROR_ARGUMENT);
     CHECK(std::strcmp(eimf_status_text(EIMF_ERROR_MEMORY), "not enough memory") == 0);
+    CHECK(std::strcmp(eimf_status_text(static_cast<eimf_status>(99)), "unknown status") == 0);
+    for (const int number : {99, 7, -1}) {  // no kernels, which may be read all the same
+        const eimf_kernel kernel = static_cast<eimf_kernel>(number);
+        CHECK(!eimf_kernel_name(kernel));
+        options = eimf_ap_defaults();
+        options.kernel = kernel;
+        CHECK(cluster(x, 300, -50, options).status == EIMF_ERROR_ARGUMENT);
+        eimf_top_n_options top = eimf_top_n_defaults();
+        top.kernel = kernel;
+        int64_t id = 0;
+        float score, gradient;
+        int32_t interest;
+        CHECK(eimf_top_n(x.data(), 1, 1, 1, x.data(), 3, 1, &top, &id, &score, &interest, nullptr) == EIMF_ERROR_ARGUMENT);
+        eimf_items *items = nullptr;
+        CHECK(eimf_items_create(x.data(), 3, 1, kernel, nullptr, &items, nullptr) == EIMF_ERROR_ARGUMENT && !items);
+        CHECK(eimf_softmax_loss(x.data(), 1, x.data(), 3, 1, &id, x.data(), nullptr, 0, 1, kernel, nullptr, &score, &gradient, nullptr, nullptr) == EIMF_ERROR_ARGUMENT);
+    }
     CHECK(eimf_top_n(nullptr, 2, 1, 1, x.data(), 1, 1, nullptr, nullptr, nullptr, nullptr, nullptr) == EIMF_ERROR_ARGUMENT);
+}
+
+// Each pointer that must be there is missing once; empty arrays may be NULL.
+void check_null_pointers() {
+    const float x[8] = {0, 1, 2, 3, 5, 6, 7, 9};
+    const double p = -1;
+    const int64_t indptr[3] = {0, 1, 2}, indices[2] = {1, 0}, target[1] = {0};
+    const int32_t category[8] = {};
+    int64_t a[8] = {}, b[8];
+    float f[8] = {}, g[8];
+    int32_t w[8];
+    eimf_ap_result r;
+    eimf_error e;
+    const auto refused = [&e](eimf_status status, const char *name) { return status == EIMF_ERROR_ARGUMENT && std::string(e.message) == std::string(name) + " is NULL; expected a pointer"; };
+    CHECK(refused(eimf_affinity_propagation(nullptr, 8, 1, &p, 1, nullptr, a, b, &r, &e), "x"));
+    for (int missing = 0; missing < 4; ++missing) {
+        const char *const name = std::vector<const char *>{"preference", "exemplars", "labels", "result"}[static_cast<size_t>(missing)];
+        const double *const preference = missing == 0 ? nullptr : &p;
+        int64_t *const exemplars = missing == 1 ? nullptr : a, *const labels = missing == 2 ? nullptr : b;
+        eimf_ap_result *const result = missing == 3 ? nullptr : &r;
+        eimf_points *points = nullptr;
+        CHECK(eimf_points_create(x, 8, 1, nullptr, &points, &e) == EIMF_OK);
+        CHECK(refused(eimf_affinity_propagation(x, 8, 1, preference, 1, nullptr, exemplars, labels, result, &e), name));
+        CHECK(refused(eimf_points_affinity_propagation(points, preference, 1, nullptr, exemplars, labels, result, &e), name));
+        CHECK(refused(eimf_affinity_propagation_precomputed(x, 2, preference, 1, nullptr, exemplars, labels, result, &e), name));
+        CHECK(refused(eimf_affinity_propagation_sparse(indptr, indices, x, 2, preference, 1, nullptr, exemplars, labels, result, &e), name));
+        CHECK(refused(eimf_affinity_propagation_reference(x, 2, preference, 1, nullptr, exemplars, labels, result, &e), name));
+        eimf_points_destroy(points);
+    }
+    CHECK(refused(eimf_points_create(x, 8, 1, nullptr, nullptr, &e), "points"));
+    CHECK(refused(eimf_points_affinity_propagation(nullptr, &p, 1, nullptr, a, b, &r, &e), "points"));
+    CHECK(refused(eimf_affinity_propagation_precomputed(nullptr, 2, &p, 1, nullptr, a, b, &r, &e), "s"));
+    CHECK(refused(eimf_affinity_propagation_reference(nullptr, 2, &p, 1, nullptr, a, b, &r, &e), "s"));
+    CHECK(eimf_affinity_propagation_sparse(nullptr, indices, x, 2, &p, 1, nullptr, a, b, &r, &e) == EIMF_ERROR_ARGUMENT);
+    CHECK(eimf_affinity_propagation_sparse(indptr, nullptr, x, 2, &p, 1, nullptr, a, b, &r, &e) == EIMF_ERROR_ARGUMENT);
+    CHECK(eimf_affinity_propagation_sparse(indptr, indices, nullptr, 2, &p, 1, nullptr, a, b, &r, &e) == EIMF_ERROR_ARGUMENT);
+    const int64_t no_edges[3] = {};
+    CHECK(eimf_affinity_propagation_sparse(no_edges, nullptr, nullptr, 2, &p, 1, nullptr, a, b, &r, &e) == EIMF_OK);
+    eimf_ap_options options = eimf_ap_defaults();
+    options.allocator.release = [](void *, void *, size_t) {};
+    CHECK(eimf_affinity_propagation(x, 8, 1, &p, 1, &options, a, b, &r, &e) == EIMF_ERROR_ARGUMENT);
+
+    eimf_items *items = nullptr;
+    CHECK(eimf_items_create(x, 8, 1, EIMF_KERNEL_AUTO, nullptr, &items, &e) == EIMF_OK);
+    CHECK(refused(eimf_items_create(x, 8, 1, EIMF_KERNEL_AUTO, nullptr, nullptr, &e), "prepared"));
+    CHECK(refused(eimf_items_top_n(nullptr, x, 1, 1, 2, nullptr, a, f, w, &e), "prepared"));
+    CHECK(refused(eimf_items_top_n(items, nullptr, 1, 1, 2, nullptr, a, f, w, &e), "interests"));
+    CHECK(refused(eimf_items_top_n(items, x, 1, 1, 2, nullptr, a, nullptr, w, &e), "scores"));
+    eimf_items_destroy(items);
+    for (const auto top_n : {eimf_top_n, eimf_top_n_reference}) {
+        CHECK(refused(top_n(nullptr, 1, 1, 1, x, 8, 2, nullptr, a, f, w, &e), "interests"));
+        CHECK(refused(top_n(x, 1, 1, 1, nullptr, 8, 2, nullptr, a, f, w, &e), "items"));
+        CHECK(refused(top_n(x, 1, 1, 1, x, 8, 2, nullptr, nullptr, f, w, &e), "ids"));
+        CHECK(refused(top_n(x, 1, 1, 1, x, 8, 2, nullptr, a, nullptr, w, &e), "scores"));
+        CHECK(refused(top_n(x, 1, 1, 1, x, 8, 2, nullptr, a, f, nullptr, &e), "interest"));
+        CHECK(top_n(nullptr, 0, 1, 1, x, 8, 2, nullptr, nullptr, nullptr, nullptr, &e) == EIMF_OK);
+        CHECK(top_n(x, 1, 1, 1, x, 8, 0, nullptr, nullptr, nullptr, nullptr, &e) == EIMF_OK);
+        CHECK(top_n(x, 1, 1, 1, nullptr, 0, 2, nullptr, a, f, w, &e) == EIMF_OK);
+    }
+
+    CHECK(refused(eimf_diversify(nullptr, f, 1, 2, category, 8, 1, 1, 1, b, g, &e), "ids"));
+    CHECK(refused(eimf_diversify(a, nullptr, 1, 2, category, 8, 1, 1, 1, b, g, &e), "scores"));
+    CHECK(refused(eimf_diversify(a, f, 1, 2, nullptr, 8, 1, 1, 1, b, g, &e), "category"));
+    CHECK(refused(eimf_diversify(a, f, 1, 2, category, 8, 1, 1, 1, nullptr, g, &e), "chosen_ids"));
+    CHECK(refused(eimf_diversify(a, f, 1, 2, category, 8, 1, 1, 1, b, nullptr, &e), "chosen_scores"));
+    CHECK(eimf_diversify(nullptr, nullptr, 0, 2, nullptr, 0, 1, 1, 1, nullptr, nullptr, &e) == EIMF_OK);
+
+    const auto softmax = [&](const float *queries, const float *table, const int64_t *of, const float *weight, size_t n_excluded, float *losses, float *gradient) {
+        return eimf_softmax_loss(queries, 1, table, 8, 1, of, weight, nullptr, n_excluded, 1, EIMF_KERNEL_AUTO, nullptr, losses, gradient, nullptr, &e);
+    };
+    CHECK(softmax(x, x, target, x, 0, f, g) == EIMF_OK);
+    CHECK(refused(softmax(nullptr, x, target, x, 0, f, g), "queries"));
+    CHECK(refused(softmax(x, nullptr, target, x, 0, f, g), "items"));
+    CHECK(refused(softmax(x, x, nullptr, x, 0, f, g), "target"));
+    CHECK(refused(softmax(x, x, target, nullptr, 0, f, g), "weight"));
+    CHECK(refused(softmax(x, x, target, x, 3, f, g), "excluded"));
+    CHECK(refused(softmax(x, x, target, x, 0, nullptr, g), "losses"));
+    CHECK(refused(softmax(x, x, target, x, 0, f, nullptr), "query_gradient"));
 }
 
 void check_concurrent_calls() {
@@ -318,6 +456,7 @@ int main(int argc, char **argv) {
         check_affinity_propagation(quick ? 300 : 1500);
         check_allocation_failures(quick ? 60 : 400);
         check_interrupt_and_errors();
+        check_null_pointers();
         check_concurrent_calls();
         check_prepared();
         check_diversify();

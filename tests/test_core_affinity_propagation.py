@@ -138,6 +138,21 @@ def test_asymmetric_similarities_with_positive_values():
     assert result.n_iter == iterations
 
 
+@pytest.mark.parametrize("diagonal", [np.nan, np.inf, -np.inf, 1e30])
+def test_the_diagonal_of_given_similarities_is_ignored(diagonal):
+    """By lists, by all similarities with rows that are read whole (unrelated ones need it), and where no iterations are needed."""
+    for s, preference in ((similarities(blobs(3, 700, 5, centres=7)), (-20.0, -20000.0, -1e9)), (-np.random.default_rng(1).random((700, 700)), (-1.0, -5.0))):
+        s = s.astype(np.float32)
+        other = s.copy()
+        np.fill_diagonal(other, diagonal)
+        for p in preference:
+            options = {"damping": 0.5, "max_iter": 60, "precomputed": True}
+            assert_same_result(eimf_core.affinity_propagation(other, p, **options), eimf_core.affinity_propagation(s, p, **options))
+    other[3, 699] = np.nan
+    with pytest.raises(ValueError, match="similarities: found NaN in row 3, column 699"):
+        eimf_core.affinity_propagation(other, -20.0, precomputed=True)
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_equals_the_plain_loops(seed):
     rng = np.random.default_rng(seed)
@@ -359,6 +374,19 @@ def test_sparse_reports_points_without_an_exemplar():
     assert lone.labels.tolist() == [0, 1, 2]
 
 
+def test_sparse_without_convergence_leaves_as_few_points_unassigned_as_any_of_the_last_states():
+    """Unassigned points add 0 to a sum of negative similarities, which must not make such a state the best."""
+    rng = np.random.default_rng(58)
+    x = rng.standard_normal((60, 2))
+    indices = np.concatenate([rng.choice(np.delete(np.arange(60), i), 4, replace=False) for i in range(60)])
+    graph = np.arange(0, 241, 4, dtype=np.int64), indices.astype(np.int64), -((x[indices] - np.repeat(x, 4, axis=0))**2).sum(axis=1).astype(np.float32)
+    result = eimf_core.affinity_propagation_sparse(*graph, -2.0, max_iter=20)  # the best of its last 15 states
+    states = [eimf_core.affinity_propagation_sparse(*graph, -2.0, max_iter=t, convergence_iter=3) for t in range(8, 21)]  # the best of three each
+    unassigned = [state.n_unassigned for state in states if not state.converged]
+    assert not result.converged and len(unassigned) > 5
+    assert result.n_unassigned == min(unassigned) == 0
+
+
 def test_sparse_ignores_self_loops():
     s = similarities(blobs(11, 90, 3)).astype(np.float32)
     indptr, indices, values = neighbour_graph(s, 20)
@@ -430,6 +458,28 @@ def test_progress_sees_each_iteration_and_its_exception_gets_out():
         eimf_core.affinity_propagation(x, -50.0, progress=stop)
 
 
+@pytest.mark.parametrize("preference", [-50.0, -3000.0])
+def test_progress_can_end_the_search_for_neighbours(preference):
+    """Iteration 0 is reported within the search, and points whose first run ended there give what new ones give."""
+    x, calls = blobs(3, 1500, 6, centres=30), []
+    expected = eimf_core.affinity_propagation(x, preference, progress=lambda iteration, _: calls.append(iteration))
+    searching = calls.index(1)
+    assert calls[:searching] == [0] * searching and searching >= 2 + 1500 // 192
+
+    def stop(*_):
+        calls.append(0)
+        if len(calls) == 5:
+            raise KeyError("enough")
+
+    points = eimf_core.Points(x)
+    calls.clear()
+    with pytest.raises(KeyError, match="enough"):
+        points.affinity_propagation(preference, progress=stop)
+    assert len(calls) == 5
+    for other in (-20.0, preference):
+        assert_same_result(points.affinity_propagation(other), expected if other == preference else eimf_core.affinity_propagation(x, other))
+
+
 def test_ctrl_c_ends_a_run():
     s = -np.random.default_rng(0).random((1500, 1500)).astype(np.float32)
     timer = threading.Timer(0.3, lambda: signal.raise_signal(signal.SIGINT))
@@ -443,11 +493,26 @@ def test_ctrl_c_ends_a_run():
 def test_memory_preflight_and_peak():
     x = blobs(1, 3000, 16, centres=60)
     result = eimf_core.affinity_propagation(x, -40.0)
-    assert 0.2 * eimf_core.affinity_propagation_bytes(3000, 16) < result.peak_bytes < eimf_core.affinity_propagation_bytes(3000, 16)
+    assert 0.1 * eimf_core.affinity_propagation_bytes(3000, 16) < result.peak_bytes < eimf_core.affinity_propagation_bytes(3000, 16)
     assert result.peak_bytes < 3000 * 3000 * 8 / 4  # far below one n x n array
     with pytest.raises(ValueError, match="memory_limit"):
         eimf_core.affinity_propagation(x, -40.0, memory_limit=result.peak_bytes // 2)
     assert eimf_core.affinity_propagation_bytes(10**9, 10**9) > 10**18
+
+
+@pytest.mark.parametrize("n, centres, share", [(2500, 40, None), (6000, 150, 0.8)])
+def test_the_estimated_memory_suffices_at_usual_preferences(n, centres, share):
+    """And at 0.8 of what a run takes without a limit, lists start shorter; with the same result."""
+    x, limit = blobs(n, n, 16, centres, spread=1.5), eimf_core.affinity_propagation_bytes(n, 16)
+    preference = float(np.median(similarities(x[:500])))
+    free = eimf_core.affinity_propagation(x, preference, max_iter=20)
+    assert free.peak_bytes <= limit
+    if share:
+        limit = int(share * free.peak_bytes)
+    limited = eimf_core.affinity_propagation(x, preference, max_iter=20, memory_limit=limit)
+    assert limited.peak_bytes <= limit and limited.n_iter == free.n_iter
+    np.testing.assert_array_equal(limited.labels, free.labels)
+    np.testing.assert_array_equal(limited.exemplars, free.exemplars)
 
 
 def assert_same_result(a, b):
@@ -466,6 +531,17 @@ def test_runs_over_the_same_points_are_as_the_first():
     for preference in (-50.0, -3000.0, -300.0, each, -20.0, positive, -1e5, -300.0):
         options = {"damping": 0.8, "max_iter": 400}
         assert_same_result(points.affinity_propagation(preference, **options), eimf_core.affinity_propagation(x, preference, **options))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_net_similarity_does_not_depend_on_the_lists_either(seed):
+    """Whether a similarity is read from a list, as long as an earlier run needed it, or computed anew."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((300, 2), dtype=np.float32)
+    lowest = similarities(x).min()
+    points = eimf_core.Points(x)
+    for preference in rng.permutation([lowest * 3, lowest, lowest / 3, lowest / 20, lowest / 300]):
+        assert_same_result(points.affinity_propagation(preference), eimf_core.affinity_propagation(x, preference))
 
 
 def test_later_runs_search_no_neighbours():

@@ -1,5 +1,6 @@
 """setup.py's sentences for what is missing, and the header in plain C."""
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -63,6 +64,24 @@ def test_header_is_plain_c99_and_cpp(tmp_path, language):
     run = subprocess.run([compiler, "-x", language, standard, "-pedantic-errors", "-Wall", "-Wextra", "-Werror", "-I", CSRC, "-fsyntax-only", source],
                          capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+def test_the_readme_embeds_the_core_as_the_examples_do():
+    """Line by line; test_core_native.py builds and runs those."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for language, name in (("cmake", "CMakeLists.txt"), ("c", "recommend.c")):
+        example = [line.strip() for line in (CSRC / "examples" / name).read_text().splitlines()]
+        lines = re.findall(rf"```{language}\n(.*?)```", readme, re.S)[0].splitlines()
+        assert len(lines) > 3 and all(line.split("  #")[0].strip() in example for line in lines)
+
+
+def test_the_module_shows_no_c_function():
+    """Else a program that uses the C library and Python would have both call the same one."""
+    nm = shutil.which("nm")
+    if nm is None or sys.platform != "linux":
+        pytest.skip("needs nm and ELF")
+    shown = subprocess.run([nm, "-D", "--defined-only", eimf_core.__file__], capture_output=True, text=True, check=True).stdout
+    assert "PyInit_eimf_core" in shown and " eimf_" not in shown
 
 
 def test_stub_lists_every_public_name():

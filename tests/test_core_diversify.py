@@ -49,6 +49,7 @@ def test_effect():
     ({"penalty": -1.0}, "penalty is -1"),
     ({"penalty": float("nan")}, "penalty is nan"),
     ({"n": -1}, "n is -1"),
+    ({"n": 10**13}, r"results of shape \(1, 10000000000000\) do not fit into memory"),
     ({"n_threads": -1}, "n_threads is -1"),
 ])
 def test_bad_arguments(change, words):

@@ -1,6 +1,8 @@
 """The C and C++ side: CMake package, examples, the C API under sanitizers, and the Arm build."""
+import re
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -42,25 +44,44 @@ def run_examples(build):
     assert command(build / "cluster") == CLUSTER
 
 
+def c_project(folder, *lines):
+    """A project without C++ of its own, where `lines` make the core known."""
+    folder.mkdir()
+    (folder / "CMakeLists.txt").write_text("\n".join(["cmake_minimum_required(VERSION 3.16)", "project(app LANGUAGES C)", *lines,
+                                                     f"add_executable(app {CSRC / 'examples' / 'recommend.c'})", "target_link_libraries(app PRIVATE eimf::eimf)"]))
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shared, build_type", [("OFF", "Release"), ("ON", "Debug")])
 def test_examples_against_the_installed_package(tmp_path, shared, build_type):
     cmake = tool("cmake")
-    command(cmake, "-S", CSRC, "-B", tmp_path / "build", f"-DBUILD_SHARED_LIBS={shared}", f"-DCMAKE_BUILD_TYPE={build_type}")
+    command(cmake, "-S", CSRC, "-B", tmp_path / "build", f"-DBUILD_SHARED_LIBS={shared}", f"-DCMAKE_BUILD_TYPE={build_type}",
+            "-DCMAKE_INSTALL_INCLUDEDIR=include/eimf-0.1")
     command(cmake, "--build", tmp_path / "build", "-j2")
     command(cmake, "--install", tmp_path / "build", "--prefix", tmp_path / "prefix")
-    assert (tmp_path / "prefix" / "include" / "eimf.h").is_file()
+    assert (tmp_path / "prefix" / "include" / "eimf-0.1" / "eimf.h").is_file()
     command(cmake, "-S", CSRC / "examples", "-B", tmp_path / "examples", f"-DCMAKE_PREFIX_PATH={tmp_path / 'prefix'}")
     command(cmake, "--build", tmp_path / "examples")
     run_examples(tmp_path / "examples")
+    command(cmake, "-S", c_project(tmp_path / "c", "find_package(eimf 0.1 REQUIRED)"), "-B", tmp_path / "app", f"-DCMAKE_PREFIX_PATH={tmp_path / 'prefix'}")
+    command(cmake, "--build", tmp_path / "app")
+    assert command(tmp_path / "app" / "app") == RECOMMEND
+    if shared == "ON" and sys.platform == "linux":
+        shown = command(tool("nm"), "-D", "--defined-only", *(tmp_path / "prefix").rglob("libeimf.so")).split()[2::3]
+        declared = set(re.findall(r"^[a-z].*?\b(eimf_\w+)\(", (CSRC / "eimf.h").read_text(), re.MULTILINE))
+        assert len(shown) > 15 and set(shown) == declared
 
 
 @pytest.mark.slow
 def test_examples_by_fetch_content(tmp_path):
+    """Within a project in C, which links a program of its own too."""
     cmake = tool("cmake")
-    command(cmake, "-S", CSRC / "examples", "-B", tmp_path, f"-DEIMF_SOURCE={CSRC}", "-DCMAKE_BUILD_TYPE=Debug")
-    command(cmake, "--build", tmp_path, "-j2")
-    run_examples(tmp_path)
+    source = c_project(tmp_path / "c", f"add_subdirectory({CSRC / 'examples'} examples)")
+    command(cmake, "-S", source, "-B", tmp_path / "build", f"-DEIMF_SOURCE={CSRC}", "-DCMAKE_BUILD_TYPE=Debug")
+    command(cmake, "--build", tmp_path / "build", "-j2")
+    run_examples(tmp_path / "build" / "examples")
+    assert command(tmp_path / "build" / "app") == RECOMMEND
 
 
 def test_examples_without_cmake(tmp_path):

@@ -253,6 +253,7 @@ def test_random_shapes_against_the_plain_loop(data):
     ({"items": np.where(np.arange(80).reshape(10, 8) == 43, np.nan, 0).astype(np.float32)}, "items: found NaN in row 5, column 3"),
     ({"n": -1}, "n is -1"),
     ({"n": 2**62}, "do not fit"),
+    ({"n": 10**12}, r"results of shape \(2, 1000000000000\) do not fit into memory"),
     ({"n_threads": -1}, "n_threads is -1"),
     ({"kernel": "fast"}, "kernel is 'fast'.*'scalar'"),
     ({"exclude_indptr": np.zeros(3, np.int64)}, "belong together"),
@@ -268,6 +269,20 @@ def test_bad_arguments_are_value_errors(change, words):
     arguments = {"interests": vectors(0, 2, 3, 8), "items": vectors(1, 10, 8), "n": 3} | change
     with pytest.raises(ValueError, match=words):
         eimf_core.top_n(**arguments)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("users, n", [(8, 10), (32, 10), (0, 10), (8, 0)])
+def test_items_that_no_answer_needs_are_checked_too(kernel, users, n):
+    """Whether or not the kernel reads them: masked ones, and all if nothing is asked for."""
+    interests, items, allowed = vectors(0, users, 4, 32), vectors(1, 1000, 32), np.arange(1000) != 7
+    expected = eimf_core.top_n(interests, items, n, allowed=allowed, kernel=kernel)
+    assert_equal(expected, eimf_core._top_n_reference(interests, items, n, allowed=allowed))
+    for value, words in ((np.nan, "items: found NaN in row 7, column 2"), (-np.inf, "items: found an infinity in row 7, column 2")):
+        items[7, 2] = value
+        for options in ({"allowed": allowed}, {}):
+            with pytest.raises(ValueError, match=words):
+                eimf_core.top_n(interests, items, n, kernel=kernel, **options)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
