@@ -24,8 +24,8 @@ extern "C" {
 
 #define EIMF_VERSION "0.1.0"
 
-/* In C++ an enumeration of which any int may be read, as in C: a value that is none of these is refused. */
-#ifdef __cplusplus
+/* From C++11 on an enumeration of which any int may be read, as in C: a value that is none of these is refused. */
+#if defined(__cplusplus) && __cplusplus >= 201103L
 #define EIMF_ENUM(name) typedef enum name : int
 #else
 #define EIMF_ENUM(name) typedef enum name
