@@ -207,11 +207,14 @@ void check_interrupt_and_errors() {
         }
     };
     for (const double preference : {-30.0, -2000.0}) {
-        const Clusters expected = cluster(many, 400, preference, eimf_ap_defaults());
+        options = eimf_ap_defaults();
+        options.max_iter = 20;
+        const Clusters expected = cluster(many, 400, preference, options);
         for (long at = 0;; ++at) {
             Failing allocations{{1L << 40}};
             Calls calls{at};
             options = eimf_ap_defaults();
+            options.max_iter = 20;
             options.n_threads = 2;
             options.allocator = {Failing::allocate, Failing::release, &allocations};
             eimf_points *points = nullptr;
@@ -234,7 +237,7 @@ void check_interrupt_and_errors() {
             eimf_points_destroy(points);
             CHECK(allocations.held == 0);
             if (status == EIMF_OK) break;
-            if (at > 12) at += 40;
+            if (at > 8) at += 6;
         }
     }
     options = eimf_ap_defaults();
