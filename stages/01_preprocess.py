@@ -235,7 +235,8 @@ def main(argv=None):
         stage.log.warning("%s: %s", interactions, doubt)
     for what, ids in (("user", user_ids), ("item", item_ids)):
         if len(padded := ids[np.strings.strip(ids) != ids]):
-            stage.log.warning("%s: %d %s ids begin or end with a blank, such as %r; it is taken as a part of the id", interactions, len(padded), what, padded[0])
+            stage.log.warning("%s: %d %s ids begin or end with a blank, such as %r; it is taken as a part of the id",
+                              interactions, len(padded), what, padded[0])
     kept_users, offsets, kept_items, items = renumbered(users, items)
     del users, keep
     split = split_users(len(kept_users), args.split, args.seed)

@@ -135,7 +135,7 @@ def diversity(interests, routing, history_length, winner):
 
 
 def evaluate_run(name, args, interactions, stats, named):
-    """Evaluate one run into its folder. A run of other data, whose users may have been trained on, is an error if it was `named`, else left out."""
+    """Evaluate one run into its folder. A run of other data, which may have been trained on these users, is an error if `named`, else left out."""
     stage = Stage("07_evaluate", args, run=name)
     stage.input("01_preprocess")
     source = stage.input("06_train", run=name)

@@ -70,7 +70,8 @@ def build(name, dim, interests, max_len, dropout=0.0):
                 check(name, output, (2, max_len, dim))
             try:
                 regulariser = probe.regulariser(outputs[0][1])
-                examples = probe.train().examples(torch.randn(2, dim), torch.tensor([1, 2]), mask.long(), lambda number: F.embedding(number, table))
+                examples = probe.train().examples(torch.randn(2, dim), torch.tensor([1, 2]), mask.long(),
+                                                  lambda number: F.embedding(number, table))
             except Exception as error:
                 raise UserError(f"--backbone {name}: regulariser or examples of {cls.__name__} failed with {type(error).__name__}: {error}") from error
             check_extras(name, regulariser, examples, dim)
