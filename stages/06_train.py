@@ -356,7 +356,8 @@ def keep_freed_memory():
 
 def pick_precision(name, device):
     if name == "auto":
-        native = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu.get_capabilities().get("avx512_bf16", False)
+        native = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda"
+                  else torch.cpu.get_capabilities().get("avx512_bf16", False))
         name = "bfloat16" if native else "float32"
     return getattr(torch, name)
 
@@ -379,6 +380,7 @@ def main(argv=None):
                             "or delete that folder, or replace it with --skip-done")
         stage.begin()
     keep_freed_memory()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it CUDA's products may differ from run to run
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that took a fifth of each step
     precision = pick_precision(args.precision, device)
@@ -409,7 +411,7 @@ def main(argv=None):
     save_json(stage.folder / "config.json", settings | summary)
     outputs = ["model.pt2", "item_vectors.npy", "item_ids.txt", "map_projection.npy", "config.json", "log.jsonl"]
     if args.eimf and not args.control:
-        outputs += save_labels(teacher, stage, stage.folder)
+        outputs += save_labels(teacher.cpu(), stage, stage.folder)
     stage.finish(summary, outputs)
     print(f"{args.run}: best at iteration {summary['best_iteration']} of {summary['iterations']}, "
           f"validation Recall@50 {summary['valid']['recall@50']:.4f}, written to {stage.folder}")

@@ -330,6 +330,9 @@ def test_exit_codes(root, tmp_path):
     assert ending(root, tmp_path, "run(lambda: 3)").returncode == 3
     done = ending(root, tmp_path, "run(lambda: os.kill(os.getpid(), signal.SIGINT) or time.sleep(5))")
     assert done.returncode == 130 and "interrupted" in done.stderr and "Traceback" not in done.stderr
+    for body in ("__import__('numpy').empty(1 << 58)", "__import__('torch').empty(1 << 60)"):
+        done = ending(root, tmp_path, f"run(lambda: {body})")
+        assert done.returncode == 1 and done.stderr.startswith("error: out of memory (") and "Traceback" not in done.stderr
     done = ending(root, tmp_path, "run(lambda: [][0])")
     assert done.returncode == 1 and "IndexError" in done.stderr  # a bug keeps its traceback
 

@@ -40,8 +40,8 @@ class UserError(Exception):
 
 
 def run(main):
-    """Call `main()`; a `UserError`, or a file system that refuses, becomes one line on stderr and exit code 1, Ctrl-C exit
-    code 130. Any other exception is a bug and keeps its traceback.
+    """Call `main()`; a `UserError`, too little memory or a file system that refuses becomes one line on stderr and exit code 1, Ctrl-C
+    exit code 130. Any other exception is a bug and keeps its traceback.
     """
     try:
         code = main()
@@ -58,6 +58,12 @@ def run(main):
         if error.errno not in USER_ERRNOS:
             raise
         _report(f"error: {error.filename or 'writing'}: {error.strerror}")
+        code = 1
+    except (MemoryError, RuntimeError) as error:  # torch has its own kinds of the first
+        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
+            raise
+        _report(f"error: out of memory ({str(error).strip().splitlines()[0] if str(error).strip() else 'no size is known'}); a smaller "
+                "--batch-size needs less, and --device cpu nothing of a GPU's")
         code = 1
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         # A thread of torch.distributed may still let go of a tensor, and for that ask for an interpreter that has begun to end: the

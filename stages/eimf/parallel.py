@@ -43,7 +43,7 @@ def start(args, device=None):
                 raise UserError(f"--device {args.device} with {local} processes: expected --device cuda and a GPU for each, found "
                                 f"{torch.cuda.device_count()}; use --nproc-per-node {torch.cuda.device_count()} or --device cpu")
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
+            torch.cuda.set_device(device)  # before nccl starts
         args.threads = args.threads or max(1, (os.cpu_count() or 1) // local)
         _connect()
         _watch()
@@ -51,6 +51,8 @@ def start(args, device=None):
         dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", store=_store, timeout=timedelta(days=1),
                                 rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
         _rank, _world = dist.get_rank(), dist.get_world_size()
+    elif device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)  # generators and new tensors are of the current one
     if args.threads:
         torch.set_num_threads(args.threads)
     return device

@@ -27,7 +27,7 @@ class Teacher(nn.Module):
             nn.init.kaiming_normal_(weight)
         if projection is not None:  # of --item-text add: explicit interests then lie among the items
             self.projection = projection
-        self.no_title = torch.nonzero(~self.item_has_text).squeeze(1)
+        self.register_buffer("no_title", torch.nonzero(~self.item_has_text).squeeze(1), persistent=False)
 
     def project(self, text):
         """Frozen text vectors (n, d_t) in the common space, (n, D) float32 (Eq. 4)."""
