@@ -25,6 +25,8 @@ class GRU4Rec(Backbone):
             order = length.argsort(descending=True, stable=True)
             vectors = vectors[order]
             for t, rows in enumerate(mask.sum(0).tolist()):
+                if not rows:  # no history is longer
+                    break
                 state = torch.cat([self.cell(vectors[:rows, t], state[:rows]), state[rows:]])
             state = state[order.argsort()]
         else:  # the same in fixed shapes, for the export
