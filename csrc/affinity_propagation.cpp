@@ -245,10 +245,14 @@ public:
                 };
             return nearest_of_all(all, team, memory);
         }
-        TopNProblem problem{kernels_, centred_.data(), n(), d_, bias_.data(), nullptr, count, 1, wanted + 1, nullptr, nullptr, {}, {}, {}};
-        problem.rows = [&](size_t q) { return centred_.data() + static_cast<size_t>(which[q]) * d_; };
-        problem.result = [&](size_t q, const RankKey *keys, const int32_t *, size_t found) { listed(which[q], keys, found); };
-        top_n(problem, team, memory);
+        const size_t part = 1024 * team.size();
+        for (size_t first = 0; first < count; first += part) {
+            poll();
+            TopNProblem problem{kernels_, centred_.data(), n(), d_, bias_.data(), nullptr, std::min(part, count - first), 1, wanted + 1, nullptr, nullptr, {}, {}, {}};
+            problem.rows = [&](size_t q) { return centred_.data() + static_cast<size_t>(which[first + q]) * d_; };
+            problem.result = [&](size_t q, const RankKey *keys, const int32_t *, size_t found) { listed(which[first + q], keys, found); };
+            top_n(problem, team, memory);
+        }
     }
 
     void medoid_scores(const uint32_t *members, size_t count, double *scores) const override {

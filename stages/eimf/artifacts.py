@@ -43,6 +43,8 @@ def run(main):
     """Call `main()`; a `UserError`, too little memory or a file system that refuses becomes one line on stderr and exit code 1, Ctrl-C
     exit code 130. Any other exception is a bug and keeps its traceback.
     """
+    for stream in (sys.stdout, sys.stderr):  # as all files are, whatever the environment asks for: a title in another script ends no program
+        stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
         code = main()
     except UserError as error:

@@ -25,7 +25,7 @@ class GRU4Rec(Backbone):
             order = length.argsort(descending=True, stable=True)
             vectors = vectors[order]
             for t, rows in enumerate(mask.sum(0).tolist()):
-                if not rows:  # no history is longer
+                if t and not rows:  # no history is longer
                     break
                 state = torch.cat([self.cell(vectors[:rows, t], state[:rows]), state[rows:]])
             state = state[order.argsort()]
