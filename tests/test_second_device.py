@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from conftest import ROOT
-from eimf.artifacts import save_json, save_lines
 from eimf.backbones import BACKBONES
-from tiny import finished_stage, make_tiny_bert
+from tiny import make_tiny_bert, write_interests
 
 BEST = ("--recipe", "best")
 RUNS = {
@@ -32,12 +31,7 @@ def answers(tiny, tmp_path_factory):
     """{name: what second_device.py printed for it}: all in one process of their own, since its device would be seen by other tests."""
     folder = tmp_path_factory.mktemp("second")
     data = shutil.copytree(tiny, folder / "data", ignore=shutil.ignore_patterns("06_train", "07_evaluate"))
-
-    def texts(stage):
-        counts = np.diff(np.load(data / "tiny" / "05_encode_interests" / "interest_offsets.npy"))
-        save_lines(stage / "interests.jsonl", ({"interests": [f"text {i}" for i in range(n)]} for n in counts))
-        save_json(stage / "usage.json", {"llm": "offline"})
-    finished_stage(data, "tiny", "04_infer_interests", texts)
+    write_interests(data)
     common = ["--data-dir", str(data), "--dataset", "tiny", "--dim", "16", "--max-iterations", "6", "--validate-every", "3"]
     jobs = {name: ["train", *common, "--run", name, "--precision", "float32", *flags] for name, flags in RUNS.items()}
     jobs["encode"] = ["encode", str(make_tiny_bert(folder / "bert", ["gel", "pen", "desk", "lamp"]))]

@@ -12,12 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from eimf.artifacts import Stage, UserError, load_json, save_json, save_lines, sha256
+from eimf.artifacts import Stage, UserError, load_json, save_json, sha256
 from eimf.data import Interactions
 from eimf.export import load_export
 from conftest import N_ITEMS, TRAIN_FLAGS
 from test_losses import info_nce_oracle
-from tiny import finished_stage
+from tiny import write_interests
 
 @pytest.fixture(scope="module")
 def stage06(load_script):
@@ -329,12 +329,7 @@ def in_process(stage06, tiny, *arguments):
 def test_labels_are_of_the_step_that_is_exported(stage06, tiny, tmp_path, average):
     """Training on after the best step changes neither the model nor the explicit interests beside it."""
     tiny = shutil.copytree(tiny, tmp_path / "data", ignore=shutil.ignore_patterns("06_train", "07_evaluate"))
-
-    def texts(folder):
-        counts = np.diff(np.load(tiny / "tiny" / "05_encode_interests" / "interest_offsets.npy"))
-        save_lines(folder / "interests.jsonl", ({"interests": [f"text {i}" for i in range(n)]} for n in counts))
-        save_json(folder / "usage.json", {"llm": "offline"})
-    finished_stage(tiny, "tiny", "04_infer_interests", texts)
+    write_interests(tiny)
     flags = ["--eimf", "--average", average, "--learning-rate", "0.03"]
     longer = in_process(stage06, tiny, *flags, "--run", f"longer-{average}", "--max-iterations", "150")
     best, last = (load_json(longer / "config.json")[k] for k in ("best_iteration", "iterations"))

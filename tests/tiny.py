@@ -72,6 +72,17 @@ def write_dataset(data_dir, items, histories, split, kind="random", dataset="tin
     return finished_stage(data_dir, dataset, "01_preprocess", write)
 
 
+def write_interests(data_dir, dataset="tiny"):
+    """A `04_infer_interests` folder with a text for each vector of the data set's 05_encode_interests."""
+
+    def write(folder):
+        offsets = np.load(Path(data_dir) / dataset / "05_encode_interests" / "interest_offsets.npy")
+        save_lines(folder / "interests.jsonl", ({"interests": [f"text {i}" for i in range(n)]} for n in np.diff(offsets)))
+        save_json(folder / "usage.json", {"llm": "offline"})
+
+    return finished_stage(data_dir, dataset, "04_infer_interests", write)
+
+
 def make_tiny_bert(folder, words, seed=0):
     """A randomly initialised BERT of 32 dimensions with a word-piece vocabulary of `words` and letters."""
     import torch

@@ -44,7 +44,8 @@ def run(main):
     exit code 130. Any other exception is a bug and keeps its traceback.
     """
     for stream in (sys.stdout, sys.stderr):  # as all files are, whatever the environment asks for: a title in another script ends no program
-        stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+        if hasattr(stream, "reconfigure"):  # a notebook's has not
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
         code = main()
     except UserError as error:
