@@ -70,7 +70,8 @@ from eimf.teacher import Teacher, load_item_text, load_text, save_labels
 # targets from before the history as well, for half of the users (.244 at step 4,400, the recipe .260), a learned map of the interests (.232
 # then), and a loss that puts the history's own items below the target (.147 at step 2,800, the recipe .241). GRU4Rec with the recipe had
 # .246 on Office, where data/tune.py gets it to .255 without text. On Beauty again, one seed: the recipe .266, best at step 6,600 also where
-# 20,000 are allowed; with brand and categories beside the title .269; with 256 users in a batch, not let end, .261 up to step 8,000.
+# 20,000 are allowed; with brand and categories beside the title .269; with 256 users in a batch, not let end, .261 up to step 8,000;
+# with vectors of 128 numbers, not let end, .263 at step 3,200 and less up to 4,600.
 # Fewer interests for short histories (--dynamic-interests) cost the plain models a little on Office: REMI .201 for .207, MIND .147 for
 # .153, ComiRec-SA .151 for .160.
 RECIPES = {
