@@ -18,6 +18,7 @@ sys.path[:0] = [str(ROOT / "stages"), str(ROOT / "data")]
 
 from eimf.report import markdown_table, p_value  # noqa: E402
 from experiments import ALL, CONTROLS, settled  # noqa: E402
+from paper_report import together_text  # noqa: E402
 
 COLUMNS = {"recall@20": "R@20", "recall@50": "R@50", "ndcg@50": "NDCG@50", "hr@20": "HR@20", "hr@50": "HR@50"}
 MODELS = ("pop", "remi", "remi-eimf", *CONTROLS, "remi-best", "remi-best-eimf")
@@ -92,6 +93,7 @@ def render_backbones(path):
         if rows:
             header = ["backbone", "default", "with EIMF", "tuned", "tuned, with EIMF", "gain of EIMF when tuned", "*paper*", "*paper, EIMF*"]
             parts += [f"**{place[0]}, {place[1]} split**", markdown_table(header, rows)]
+            parts += [together_text(c) for c in found["together"] if (c["dataset"], c["split"]) == place]
     for dataset, tuning in found["tuning"].items():
         kept = "; ".join(f"{b} `{f['flags']}`" if f["flags"] else f"{b} its defaults" for b, f in tuning.items())
         trainings, minutes = {len(f["trials"]) for f in tuning.values()}, sum(t["minutes"] for f in tuning.values() for t in f["trials"])

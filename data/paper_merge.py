@@ -6,7 +6,7 @@ make it so. `old` and `new` are as paper_numbers.collect returns them; neither i
 import shlex
 
 from eimf.artifacts import UserError
-from experiments import DATASETS, NAMES, Run, plan, training, tuning
+from experiments import DATASETS, NAMES, Run, plan, settled, training, tuning
 from paper_numbers import MAIN, adjust, contrasts
 
 
@@ -35,6 +35,11 @@ def outdated(model, keys):
         return "no longer among the experiments"
     now = shlex.join(["python", *training(Run(*key_of(model), model["seeds"][0]))])
     return None if model["commands"][0] == now else "its settings have changed"
+
+
+def known(c):
+    """How much a comparison of several backbones together is made from."""
+    return len(c["backbones"]), c["seeds"]
 
 
 def merge(old, new):
@@ -67,12 +72,21 @@ def merge(old, new):
             found[compared(c)] = c
     comparisons = [dict(found[c]) for c in made if c in found]
 
+    together = {}
+    for numbers, chosen in ((old, kept), (new, kept | fresh)):
+        for c in numbers.get("together", ()):  # the first published numbers have none
+            at = c["dataset"], c["split"]
+            of = [(*at, "", settled(at[0], f"{b}-tuned{eimf}")) for b in c["backbones"] for eimf in ("", "-eimf")]
+            if chosen.keys() >= set(of) and (at not in together or known(c) >= known(together[at])):
+                together[at] = c
+
     dropped = [f"{', '.join(filter(None, key_of(m)))}: {why}" for m in old["models"] if (why := outdated(m, keys))]
     if gone := {compared(c) for c in old["comparisons"]} - {compared(c) for c in comparisons}:
         dropped.append(f"{len(gone)} comparisons: no longer made, or of models that were dropped or both run anew")
     datasets, clusters, folders = old["datasets"] | new["datasets"], old["clusters"] | new["clusters"], {r.folder for r in runs}
     return new | {
         "datasets": {d: datasets[d] for d in DATASETS if d in datasets}, "models": models, "comparisons": readjusted(old["comparisons"], comparisons),
+        "together": [together[at] for at in order if at in together],
         "parts": list(parts.values()), "clusters": {f: clusters[f] for f in clusters if f in folders},
         "tuning": {d: tuning(d) for d in DATASETS if tuning(d)}, "seeds": max(old["seeds"], new["seeds"]),
         **{flag: sorted(d for d in datasets if d in (new if d in new["datasets"] else old)[flag]) for flag in ("no_titles", "foreign_ids")},

@@ -7,6 +7,7 @@
                  deviation over seeds; cost; commit, machine and commands behind it
     comparisons  pairs of models on the same test users and seeds: gain in Recall@50, interval, p-values as they are and
                  adjusted by Holm within the table, data set and split; verdict
+    together     the same of EIMF's gain over all tuned backbones of a data set and split, of which each user's mean is taken
     tuning       data set -> what data/tune.py found
     clusters     folder -> what stages 03 and 04 did: typical users, preference, LLM calls
     remaining    group -> runs left and their estimated seconds (reproduce.py fills it in)
@@ -170,6 +171,21 @@ def contrasts(keys):
                 yield "baselines", main, (*place, "", b)
 
 
+def together(results, place):
+    """EIMF's gain over the tuned backbones of a data set and split, the mean of all that have both: a comparison. None below two backbones.
+
+    By the seeds that all have. The backbones are those at hand, not a sample of any, so nothing is tested over them.
+    """
+    pairs = {b: [(*place, "", settled(place[0], f"{b}-tuned{eimf}")) for eimf in ("-eimf", "")] for b in tuning(place[0])}
+    pairs = {b: [results.tested(key) for key in pair] for b, pair in pairs.items() if all(key in results.runs for key in pair)}
+    if len(pairs) < 2:
+        return None
+    seeds = set.intersection(*(set(values) for pair in pairs.values() for values in pair))
+    means = [{s: np.mean([pair[side][s] for pair in pairs.values()], axis=0) for s in seeds} for side in (0, 1)]
+    found = compare("together", (*place, "", "eimf"), (*place, "", "plain"), *means, backbones=list(pairs))
+    return found and {k: v for k, v in adjust([found])[0].items() if k not in ("a", "b")}
+
+
 def model_entry(results, key, tasks, state):
     """Metrics, cost and provenance of one model."""
     values, runs = results.values[key], results.runs[key]
@@ -246,7 +262,8 @@ def collect(args, runs, tasks, state):
             if {"remi", "remi-eimf"} <= row.keys():
                 comparisons.append(compare("parts", (*place, *MAIN), (*place, "", "remi"), row["remi-eimf"], row["remi"], kind=kind, part=name))
     return {"datasets": datasets, "models": [model_entry(results, key, tasks, state) for key in keys],
-            "comparisons": adjust([c for c in comparisons if c]), "parts": parts, "clusters": clusters,
+            "comparisons": adjust([c for c in comparisons if c]),
+            "together": [c for place in dict.fromkeys(key[:2] for key in keys) if (c := together(results, place))], "parts": parts, "clusters": clusters,
             "tuning": {d: found for d in args.datasets if (found := tuning(d))},
             "no_titles": sorted(d for d, facts in datasets.items() if not facts["stats"].get("items_with_title")),
             "foreign_ids": sorted(d for d in datasets if d in PAPER and has_foreign_ids(args.data_dir / folder_of(d, "file-order"))),

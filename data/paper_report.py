@@ -86,6 +86,11 @@ def p_values(c):
     return f"over users {p_value(c['p_users_holm'])}, {seeds}"
 
 
+def together_text(c):
+    return (f"The {len(c['backbones'])} backbones together, tuned, on {where(c)}: EIMF adds {signed(c['gain'])} Recall@50 to their mean "
+            f"{interval(c['low'], c['high'])}; {p_values(c)}: {c['verdict']}.")
+
+
 class Numbers:
     """Look-ups in the collected numbers."""
 
@@ -335,6 +340,7 @@ def tuned(n):
         pairs = [m for m in pairs if (dataset, split, "", m) in n.models]
         out += model_table(n, dataset, split, pairs, SHOWN, f"{dataset}, {split} split, tuned", published=False)
     out += comparison_table(n.comparisons("taught"), "Tuned, with EIMF, against the same without (REMI with default settings: see above)", "a")
+    out += [("list", [together_text(c) for c in found])] if (found := n.all.get("together")) else []
     out += comparison_table(n.comparisons("tuned"), "Tuned, against the same with default settings", "a")
     out += comparison_table(n.comparisons("strongest"), "Against the tuned backbone that is strongest on validation users: "
                             + listed(f"{LABELS[strongest(found)]} on {d}" for d, found in n.all["tuning"].items()), "a")

@@ -346,6 +346,35 @@ def test_only_common_seeds_are_compared_and_families_are_adjusted_apart():
     assert [round(x["p_users_holm"], 6) for x in adjusted] == [.04, .04, .04]
 
 
+class FinishedRuns:
+    """As much of paper_numbers.Results as `together` asks for."""
+
+    def __init__(self, values):
+        self.runs = values
+
+    def tested(self, key):
+        return self.runs[key]
+
+
+def test_all_tuned_backbones_together(monkeypatch):
+    """The gain is the mean over the backbones that have both models, by the seeds that all of them have."""
+    place, base = ("Office", "random"), np.random.default_rng(0).random(400)
+    monkeypatch.setattr(paper_numbers, "tuning", lambda dataset: dict.fromkeys(("dnn", "mind", "sine", "gru4rec"), {"flags": "--dropout 0.3"}))
+    monkeypatch.setattr(experiments, "tuning", paper_numbers.tuning)
+    runs = {}
+    for b, gain, seeds in (("dnn", .06, 4), ("mind", -.02, 3), ("sine", .08, 3)):
+        runs[(*place, "", f"{b}-tuned")] = values(seeds, base)
+        runs[(*place, "", f"{b}-tuned-eimf")] = values(seeds, base, gain, .01)
+    runs[(*place, "", "gru4rec-tuned")] = values(3, base)  # has no model with EIMF yet
+    c = paper_numbers.together(FinishedRuns(runs), place)
+    assert c["backbones"] == ["dnn", "mind", "sine"] and (c["seeds"], c["users"]) == (3, 400) and c["verdict"] == "better"
+    assert c["gain"] == pytest.approx(.04, abs=.002) and c["low"] < c["gain"] < c["high"] and c["p_users"] == c["p_users_holm"]
+    text = paper_report.together_text(c)
+    assert text.startswith("The 3 backbones together, tuned, on Office, random: EIMF adds +.0") and text.endswith(": better.")
+    only = {key: v for key, v in runs.items() if "dnn" in key[3]}
+    assert paper_numbers.together(FinishedRuns(only), place) is None
+
+
 def comparison(dataset, b, verdict, gain=.02, split="file-order", seeds=5):
     p = {"better": .001, "worse": .001, "not significant": .4, "not significant over seeds": .2}[verdict]
     return {"family": "help", "dataset": dataset, "split": split, "a": ["", "remi-eimf"], "b": ["", b], "gain": gain, "low": gain - .01, "high": gain + .01,
@@ -450,6 +479,20 @@ def test_publishing_adds(tuning_file):
     assert merged["parts"] == [part(remi=.1, remi_eimf=.4)] and list(merged["clusters"]) == ["Office_Products-file-order"]
     assert merged["no_titles"] == [] and merged["seeds"] == 5 and merged["asked"]["groups"] == ["headline"]
     assert json.dumps(paper_merge.merge(merged, new)) == json.dumps((merged, []))
+
+
+def test_publishing_keeps_the_larger_comparison_of_backbones_together(monkeypatch):
+    for module in (experiments, paper_merge):
+        monkeypatch.setattr(module, "tuning", lambda dataset: dict.fromkeys(("dnn", "mind", "sine"), {"flags": ""}))
+
+    def side(backbones, seeds, gain):
+        models = [entry(f"{b}{eimf}", seeds) for b in backbones for eimf in ("", "-eimf")]
+        return collected(models, together=[{"dataset": "Office", "split": "file-order", "backbones": backbones, "seeds": seeds, "gain": gain}])
+    two, three = side(["dnn", "mind"], 5, .1), side(["dnn", "mind", "sine"], 3, .2)
+    for old, new, gain in ((two, three, .2), (three, two, .2), (three, side(["dnn", "mind", "sine"], 3, .3), .3), (collected([]), two, .1)):
+        assert [c["gain"] for c in paper_merge.merge(old, new)[0]["together"]] == [gain]
+    gone = two | {"models": two["models"][1:]}
+    assert paper_merge.merge(gone, collected([]))[0]["together"] == []
 
 
 def test_publishing_drops_what_would_not_be_made_so_now(tuning_file, monkeypatch):
