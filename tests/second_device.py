@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_flatten, tree_map
 
 from tiny import call_stage
-from eimf.artifacts import load_lines
+from eimf.artifacts import UserError, load_lines
 from eimf.encoder import TextEncoder
 
 torch.utils.backend_registration._setup_privateuseone_for_python_backend("standin")
@@ -145,7 +145,7 @@ def main():
             try:
                 with second_device():
                     out["second"] = function(*arguments)
-            except Exception:
+            except (RuntimeError, TypeError, UserError):  # what a tensor on the wrong device leads to; anything else ends all
                 out["error"] = traceback.format_exc()
         print(json.dumps(out), flush=True)
 

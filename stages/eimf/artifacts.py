@@ -65,7 +65,7 @@ def run(main):
     except (MemoryError, RuntimeError) as error:  # torch has its own kinds of the first
         if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
             raise
-        _report(f"error: out of memory ({str(error).strip().splitlines()[0] if str(error).strip() else 'no size is known'}); a smaller "
+        _report(f"error: out of memory ({str(error).partition(chr(10))[0] or 'no size is known'}); a smaller "
                 "--batch-size needs less, and --device cpu nothing of a GPU's")
         code = 1
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
