@@ -18,7 +18,7 @@ sys.path[:0] = [str(ROOT / "stages"), str(ROOT / "data")]
 
 from eimf.report import markdown_table, p_value  # noqa: E402
 from experiments import ALL, CONTROLS, settled  # noqa: E402
-from paper_report import together_text  # noqa: E402
+from paper_report import earlier, together_text  # noqa: E402
 
 COLUMNS = {"recall@20": "R@20", "recall@50": "R@50", "ndcg@50": "NDCG@50", "hr@20": "HR@20", "hr@50": "HR@50"}
 MODELS = ("pop", "remi", "remi-eimf", *CONTROLS, "remi-best", "remi-best-eimf")
@@ -67,9 +67,11 @@ def render(path):
             strongest = c["family"] == "strongest"
             told = strongest or (c["family"] in ("help", "best") and (a, b) in SAID and not variant_a and not variant_b)
             if told and (c["dataset"], c["split"]) == place:
-                over_seeds = f", over seeds {p_value(c['p_seeds_holm'])}" if c["p_seeds_holm"] is not None else ""
-                said.append(f"- {a} against {b}{', the strongest tuned backbone' * strongest}, R@50: {c['gain']:+.4f} (95 % interval {c['low']:+.4f} to "
-                            f"{c['high']:+.4f}; {c['seeds']} seed{'s' * (c['seeds'] > 1)}; over users {p_value(c['p_users_holm'])}{over_seeds}): **{c['verdict']}**.")
+                tests = [f"95 % interval {c['low']:+.4f} to {c['high']:+.4f}"] if c["low"] is not None else []
+                tests.append(f"{c['seeds']} seed{'s' * (c['seeds'] > 1)}")
+                p_values = [f"over {what} {p_value(c[f'p_{what}_holm'])}" for what in ("users", "seeds") if c[f"p_{what}_holm"] is not None]
+                tests += [", ".join(p_values)] * bool(p_values) + [earlier(c)] * bool(earlier(c))
+                said.append(f"- {a} against {b}{', the strongest tuned backbone' * strongest}, R@50: {c['gain']:+.4f} ({'; '.join(tests)}): **{c['verdict']}**.")
         parts.append("\n\n".join([f"**{place[0]}, {place[1]} split**", markdown_table(["model", "seeds", *COLUMNS.values()], rows), *["\n".join(said)] * bool(said)]))
     return "\n\n".join([*parts, found["headline"]])
 

@@ -1,13 +1,14 @@
 """Add the numbers of one data folder to the published ones, entry by entry: what was run on machines that are gone stays published.
 
 Of two entries for one thing that with more seeds stays, of equals the new one. A published entry goes when experiments.py would no longer
-make it so. `old` and `new` are as paper_numbers.collect returns them; neither is changed.
+make it so. A comparison says what the entries beside it say, or that it is of earlier runs. `old` and `new` are as paper_numbers.collect returns them; neither is changed.
 """
 import shlex
+from collections import defaultdict
 
 from eimf.artifacts import UserError
 from experiments import DATASETS, NAMES, Run, plan, settled, training, tuning
-from paper_numbers import MAIN, adjust, contrasts
+from paper_numbers import MAIN, adjust, compare_by_seed, contrasts
 
 
 def key_of(model):
@@ -62,15 +63,11 @@ def merge(old, new):
 
     made = [(*c, None, None) for c in contrasts([key_of(m) for m in models])]
     made += [("parts", (*at[:2], *MAIN), (*at[:2], "", "remi"), *at[2:]) for at in parts]
-    found = {}
-    for c in old["comparisons"]:  # it stays while one of its two models does: it says its own number of seeds
-        _, a, b, *_ = compared(c)
-        if a in kept and b in kept and not (a in fresh and b in fresh):
-            found[compared(c)] = c
-    for c in new["comparisons"]:
-        if c["seeds"] >= found.get(compared(c), c)["seeds"]:
-            found[compared(c)] = c
-    comparisons = [dict(found[c]) for c in made if c in found]
+    candidates = defaultdict(list)
+    for c in (*new["comparisons"], *(c for c in old["comparisons"] if {*compared(c)[1:3]} <= kept.keys())):
+        candidates[compared(c)].append(c)
+    entries = {key_of(m): m for m in models}
+    comparisons = [c for of in made if (c := agreeing(of, candidates[of], entries, parts))]
 
     together = {}
     for numbers, chosen in ((old, kept), (new, kept | fresh)):
@@ -82,7 +79,10 @@ def merge(old, new):
 
     dropped = [f"{', '.join(filter(None, key_of(m)))}: {why}" for m in old["models"] if (why := outdated(m, keys))]
     if gone := {compared(c) for c in old["comparisons"]} - {compared(c) for c in comparisons}:
-        dropped.append(f"{len(gone)} comparisons: no longer made, or of models that were dropped or both run anew")
+        dropped.append(f"{len(gone)} comparisons: no longer made, of models that were dropped, or not what the published runs say")
+    tested = {compared(c) for c in old["comparisons"] if c["p_users"] is not None}
+    if untested := tested & {compared(c) for c in comparisons if c["p_users"] is None}:
+        dropped.append(f"tests over users in {len(untested)} comparisons: of one seed, and of other runs than the published ones")
     datasets, clusters, folders = old["datasets"] | new["datasets"], old["clusters"] | new["clusters"], {r.folder for r in runs}
     return new | {
         "datasets": {d: datasets[d] for d in DATASETS if d in datasets}, "models": models, "comparisons": readjusted(old["comparisons"], comparisons),
@@ -91,6 +91,33 @@ def merge(old, new):
         "tuning": {d: tuning(d) for d in DATASETS if tuning(d)}, "seeds": max(old["seeds"], new["seeds"]),
         **{flag: sorted(d for d in datasets if d in (new if d in new["datasets"] else old)[flag]) for flag in ("no_titles", "foreign_ids")},
         "asked": {k: [x for x in known if x in old["asked"][k] + new["asked"][k]] for k, known in (("datasets", DATASETS), ("groups", NAMES))}}, dropped
+
+
+def agreeing(of, candidates, entries, parts):
+    """Of the comparisons of one thing, the one that says what the published entries say; None if there is nothing to say.
+
+    If none does, an earlier one of several seeds, with the entries' gain beside its own ("table_gain"). Else one from the entries' means by
+    seed, which says nothing over users.
+    """
+    family, a, b, kind, part = of
+    if family == "parts":
+        recall = parts[(*a[:2], kind, part)]["recall"]
+        return next((c for c in candidates if {a[3], b[3]} <= recall.keys() and same([c["gain"]], [recall[a[3]] - recall[b[3]]])), None)
+    now = compare_by_seed(family, a, b, entries[a], entries[b]) if a in entries and b in entries else None
+    if now is None:
+        return None
+    candidates = sorted(({k: v for k, v in c.items() if k != "table_gain"} for c in candidates if c["p_users"] is not None), key=lambda c: -c["seeds"])
+    for c in candidates:
+        if same(c["gain_by_seed"], now["gain_by_seed"]):
+            return c
+    if candidates and candidates[0]["seeds"] > 1:
+        return candidates[0] | {"table_gain": now["gain"]}
+    return now
+
+
+def same(gains, others):
+    """Whether gains are equal but for the rounding of what they come from."""
+    return len(gains) == len(others) and all(abs(x - y) < 2e-5 for x, y in zip(gains, others))
 
 
 def readjusted(before, now):

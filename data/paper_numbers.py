@@ -6,7 +6,7 @@
     models       one entry for each (data set, split, variant, model): metrics with mean, interval over test users and standard
                  deviation over seeds; cost; commit, machine and commands behind it
     comparisons  pairs of models on the same test users and seeds: gain in Recall@50, interval, p-values as they are and
-                 adjusted by Holm within the table, data set and split; verdict
+                 adjusted by Holm within the table, data set and split; verdict. After publishing see also paper_merge.agreeing
     together     the same of EIMF's gain over all tuned backbones of a data set and split, of which each user's mean is taken
     tuning       data set -> what data/tune.py found
     clusters     folder -> what stages 03 and 04 did: typical users, preference, LLM calls
@@ -107,6 +107,17 @@ def compare(family, a, b, a_values, b_values, **facts):
             "p_users": significant(paired_p(gains.mean(0))), "p_seeds": significant(paired_p(gains.mean(1)))}
 
 
+def compare_by_seed(family, a, b, a_entry, b_entry):
+    """`compare` of two entries of `models`, where the values of single users are not at hand: without interval and test over users."""
+    a_values, b_values = (dict(zip(entry["seeds"], entry["by_seed"])) for entry in (a_entry, b_entry))
+    if b[3] == "pop":
+        b_values = dict.fromkeys(a_values, b_values[0])  # it has no seed
+    gains = [a_values[s] - b_values[s] for s in sorted(a_values.keys() & b_values.keys())]
+    return {"family": family, "dataset": a[0], "split": a[1], "a": list(a[2:]), "b": list(b[2:]), "gain": rounded(np.mean(gains)), "low": None, "high": None,
+            "seeds": len(gains), "users": a_entry["users"], "gain_by_seed": [rounded(g) for g in gains], "p_users": None,
+            "p_seeds": significant(paired_p(gains))} if gains else None
+
+
 def adjust(comparisons):
     """Holm's correction, for both tests, and the verdict; in place.
 
@@ -129,8 +140,10 @@ def adjust(comparisons):
 
 def verdict(c):
     """"better" or "worse" only if both tests say so after Holm's correction; with one seed there is only one of them."""
-    over_users, over_seeds = c["p_users_holm"] is not None and c["p_users_holm"] < 1 - LEVEL, c["p_seeds_holm"]
-    direction = "better" if c["gain"] > 0 else "worse"
+    over_seeds, direction = c["p_seeds_holm"], "better" if c["gain"] > 0 else "worse"
+    if c["p_users_holm"] is None:
+        return "not tested" if over_seeds is None else f"{direction if over_seeds < 1 - LEVEL else 'not significant'} over seeds, not tested over users"
+    over_users = c["p_users_holm"] < 1 - LEVEL
     if over_seeds is None:
         return f"{direction} with one seed, spread of training unknown" if over_users else "not significant"
     if over_users and over_seeds < 1 - LEVEL:

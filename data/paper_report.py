@@ -9,6 +9,7 @@ import re
 import shutil
 
 import matplotlib.pyplot as plt
+import numpy as np
 
 from eimf.artifacts import atomic, save_json
 from eimf.report import COLOURS, figure, html_page, markdown_table, p_value
@@ -55,7 +56,9 @@ DEVIATIONS = (
     "The minus signs of Eq. 9 and 14 are added; Eq. 13 is read with the implicit interests.",
     "The read-out of explicit interests sums each interest with what self-attention adds to it.",
     "In-batch negatives that share the target item or the typical user are masked.",
-    "All models are trained with a softmax over all items; REMI's sampled hard negatives are an option that these runs do not use.",
+    "Models are trained with a softmax over all items, REMI too, whose paper samples hard negatives; of the tuned ones, those have hard negatives "
+    "whose settings say so.",
+    "InfoNCE asks each text vector to find its behavioural vector among those of the batch; the published code asks the other way round.",
     "Items without a title are left out of every text term.",
     "NDCG is the rank-aware one. The published NDCG columns come from code that loses the rank order; \"set order\" repeats that computation.",
 )
@@ -78,7 +81,17 @@ def signed(value):
 
 
 def interval(low, high):
-    return f"[{signed(low)}, {signed(high)}]"
+    return f"[{signed(low)}, {signed(high)}]" if low is not None else "no interval"
+
+
+def earlier(c):
+    """What to say of a comparison whose runs are not those of the tables; "" of the others."""
+    return f"earlier runs; the tables' gain is {signed(c['table_gain'])}" if "table_gain" in c else ""
+
+
+def whisker(c):
+    """Ends of a comparison's interval as distances from its gain, for errorbar. No length where there is no interval."""
+    return [[0], [0]] if c["low"] is None else [[c["gain"] - c["low"]], [c["high"] - c["gain"]]]
 
 
 def p_values(c):
@@ -131,23 +144,26 @@ def headline(n):
         sentences.append(f"Against {what} it is {'; '.join(said)}." if said else f"Against {what} nothing has been run yet.")
     if unfinished:
         sentences.append(f"Not all of these runs are finished on {listed(map(', '.join, unfinished))}.")
-    details = [f"{', '.join(place)}, against {opponents[b]}: {signed(c['gain'])} Recall@50, 95 % interval {signed(c['low'])} to "
-               f"{signed(c['high'])}, {p_values(c)}: {c['verdict']}." for place, found in table.items() for b, c in found.items()]
+    details = [f"{', '.join(place)}, against {opponents[b]}: {signed(c['gain'])} Recall@50, 95 % interval " + (
+        f"{signed(c['low'])} to {signed(c['high'])}" if c["low"] is not None else "unknown") + f", {p_values(c)}: {c['verdict']}" + (
+        f" ({earlier(c)})" if earlier(c) else "") + "." for place, found in table.items() for b, c in found.items()]
     return " ".join(sentences), details
 
 
 KINDS = {"better": "significantly better on", "worse": "significantly worse on", "half": "different by one of the two tests only, which is not "
-         "enough, on", "none": "not significantly different on"}
+         "enough, on", "none": "not significantly different on", "untested": "not tested over users on"}
 
 
 def kind_of(verdict):
     """Key of KINDS for a comparison's verdict."""
+    if "not tested" in verdict:
+        return "untested"
     return verdict if verdict in ("better", "worse") else "none" if verdict == "not significant" else "half"
 
 
 def worst_p(c):
-    """The larger of the adjusted p-values."""
-    return max(p for p in (c["p_users_holm"], c["p_seeds_holm"]) if p is not None)
+    """The larger of the adjusted p-values; None if there is none."""
+    return max((p for p in (c["p_users_holm"], c["p_seeds_holm"]) if p is not None), default=None)
 
 
 def listed(names):
@@ -185,8 +201,9 @@ def model_table(n, dataset, split, models, columns, caption, published=True):
 def comparison_table(found, caption, against="b"):
     """Gains with intervals, both p-values before and after Holm's correction, verdict. The column names model `against`."""
     rows = [[where(c), label(*c[against]), str(c["seeds"]), str(c["users"]), f"{signed(c['gain'])}\n{interval(c['low'], c['high'])}",
-             f"{p_value(c['p_users_holm'])}\nraw {p_value(c['p_users'])}",
-             f"{p_value(c['p_seeds_holm'])}\nraw {p_value(c['p_seeds'])}" if c["p_seeds"] is not None else "one seed", c["verdict"]] for c in found]
+             f"{p_value(c['p_users_holm'])}\nraw {p_value(c['p_users'])}" if c["p_users"] is not None else "not tested",
+             f"{p_value(c['p_seeds_holm'])}\nraw {p_value(c['p_seeds'])}" if c["p_seeds"] is not None else "one seed",
+             "\n".join(filter(None, (c["verdict"], earlier(c))))] for c in found]
     column = "against" if against == "b" else "model"
     header = ["data", column, "seeds", "users", "gain in Recall@50", "over users", "over seeds", "verdict"]
     return [("table", header, rows, caption)] if rows else []
@@ -209,7 +226,7 @@ def plot_gains(found):
     for y, c in enumerate(reversed(found)):
         colour = COLOURS[places.index((c["dataset"], c["split"])) % len(COLOURS)]
         significant = c["verdict"] in ("better", "worse")
-        axis.plot([c["low"], c["high"]], [y, y], color=colour, linewidth=2.2)
+        axis.errorbar(c["gain"], y, xerr=whisker(c), color=colour, linewidth=2.2)
         axis.plot(c["gain_by_seed"], [y + .22] * len(c["gain_by_seed"]), "|", color="#555", markersize=6)
         axis.plot(c["gain"], y, "o", color=colour, markersize=8, markerfacecolor=colour if significant else "white", markeredgewidth=1.6)
     axis.axvline(0, color="#333", linewidth=1)
@@ -233,8 +250,9 @@ def plot_ablations(n, places):
             colour, hatch = {"remi-eimf": (COLOURS[0], ""), "remi": (COLOURS[4], "//")}.get(model, (COLOURS[5], ".."))
             axis.barh(y, mean, color=colour, height=.65, hatch=hatch, edgecolor="white")
             if c:
-                axis.errorbar(mean, y, xerr=[[c["high"] - c["gain"]], [c["gain"] - c["low"]]], color="#222", capsize=3, linewidth=1)
-                ends += [mean - c["high"] + c["gain"]]
+                low, high = whisker(c)
+                axis.errorbar(mean, y, xerr=[high, low], color="#222", capsize=3, linewidth=1)  # the sign is the other way round: the gain is of the whole model
+                ends += [mean - high[0]]
             axis.plot(entry["by_seed"], [y] * len(entry["by_seed"]), "o", color="black", markersize=3)
             ends += entry["by_seed"]
         axis.set_yticks(range(len(names)), [label("", m) for m in reversed(names)], fontsize=9)
@@ -252,7 +270,7 @@ def plot_preference(n, place):
     calls, mean = [f["calls"] for f, _ in points], [e["metrics"]["recall@50"]["mean"] for _, e in points]
     gains = {c["a"][0]: c for c in n.comparisons("cost", dataset=place[0], split=place[1])}
     found = [gains.get(e["variant"], {"gain": 0, "low": 0, "high": 0}) for _, e in points]
-    axis.errorbar(calls, mean, yerr=[[c["gain"] - c["low"] for c in found], [c["high"] - c["gain"] for c in found]], color=COLOURS[0], marker="o",
+    axis.errorbar(calls, mean, yerr=np.hstack([whisker(c) for c in found]), color=COLOURS[0], marker="o",
                   capsize=3, linewidth=1.6, label="EIMF(REMI)")
     for facts, entry in points:
         axis.plot([facts["calls"]] * len(entry["by_seed"]), entry["by_seed"], ".", color="#444", markersize=4)
@@ -433,8 +451,8 @@ def run_deviations(n):
 def provenance(n):
     out = [("h2", "What is behind each number"),
            ("p", "RAW_DIR and LLM_DIR stand for the folders of raw files and recorded answers. The first seed's command is shown; the others "
-                 "differ in --seed and --run. The runs may be of several machines and commits. A comparison of fewer seeds than its models have is of earlier "
-                 "runs or of the seeds that both have.")]
+                 "differ in --seed and --run. The runs may be of several machines and commits. A comparison of which it is not said that it is of earlier runs "
+                 "is of those in the tables. Not tested over users: the two models were run in different data folders.")]
     machines = list(dict.fromkeys(str(m) for e in n.all["models"] for m in e["machines"]))
     unique = {str(m): m for e in n.all["models"] for m in e["machines"]}.values()
     described = [f"{m['cpu']}, {m['cores']} cores, {m['gpu'] or 'no GPU'}" for m in unique]

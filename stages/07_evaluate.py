@@ -252,7 +252,7 @@ def summarise(root, stats, data, remove_seen):
     if summary["differences"]:
         lines = [[d["model"], d["against"], f"{d['recall@50']:+.4f}", f"{d['low']:+.4f} .. {d['high']:+.4f}",
                   "yes" if d["low"] > 0 else "no"] for d in summary["differences"]]
-        table += "\n\n" + report.markdown_table(["model", "against", "difference in recall@50", "95 % interval", "better?"], lines)
+        table += "\n\n" + report.markdown_table(["model", "against", "difference in recall@50", "95 % interval over users", "above 0?"], lines)
     if left_out:
         table += f"\n\nleft out, evaluated on other data or {'without' if remove_seen else 'with'} --remove-seen: {', '.join(left_out)}"
     if remove_seen:

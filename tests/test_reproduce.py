@@ -432,7 +432,7 @@ def test_pages_hold_numbers_deviations_and_provenance():
     for each in (page, text):
         assert ".2000 ± .0100" in each and "paper .2296" in each and "−.0296 [−.0396, −.0196]" in each
         assert "not significant" in each and "abc" in each and "CPU, 2 cores, no GPU" in each and "4 runs, about 1.0 hours" in each
-    assert "\n10. NDCG is the rank-aware one." in text and "| model | seeds | Recall@20 |" in text
+    assert "\n11. NDCG is the rank-aware one." in text and "| model | seeds | Recall@20 |" in text
     assert "src=" not in page and "http-equiv" not in page and page.count("<svg") == 1  # self-contained
     for svg in page.split("<figure>")[1:]:
         ElementTree.fromstring(svg[:svg.index("</svg>") + 6])
@@ -442,7 +442,7 @@ def test_pages_hold_numbers_deviations_and_provenance():
 def entry(model, seeds, recall=.2, variant=""):
     """A model's entry as it is published."""
     run = Run("Office", "file-order", variant, model, 0)
-    return {"dataset": run.dataset, "split": run.split, "variant": variant, "model": model, "folder": run.folder, "seeds": list(range(seeds)),
+    return {"dataset": run.dataset, "split": run.split, "variant": variant, "model": model, "folder": run.folder, "seeds": list(range(seeds)), "users": 491,
             "by_seed": [recall] * seeds, "commands": [shlex.join(["python", *experiments.training(run)])]}
 
 
@@ -461,24 +461,44 @@ def part(**recall):
 
 def test_publishing_adds(tuning_file):
     """More seeds stay, of equals the new; parts follow their models; Holm's correction is made over old and new together."""
-    cut = against(experiments.ABLATIONS[0], .01, 5, family="fig3", p_users_holm=.0102)  # as made from more digits than are stored
-    old = collected([entry("remi", 5), entry("remi-eimf", 3), entry("dnn", 1), entry("pop", 1), entry(CONTROLS[0], 3), entry(experiments.ABLATIONS[0], 5)],
-                    [against("remi", .02, 3), against(CONTROLS[0], .03, 3), cut, against("dnn", .01, 1, family="baselines")], parts=[part(remi=.1, remi_eimf=.2)],
+    same = against("sasrec", .01, 5, family="table4", a=["", "sasrec-eimf"], p_users_holm=.0102)  # as made from more digits than are stored
+    old = collected([entry("remi", 5), entry("remi-eimf", 3, .22), entry("dnn", 1), entry("pop", 1), entry(CONTROLS[0], 3), entry("sasrec", 5), entry("sasrec-eimf", 5, .22)],
+                    [against("remi", .02, 3), against(CONTROLS[0], .03, 3), same, against("dnn", .01, 1, family="baselines")], parts=[part(remi=.1, remi_eimf=.2)],
                     clusters={f: {"llm": "recorded"} for f in ("Office_Products-file-order", "Office_Products-gone")}, no_titles=["Office"])
-    new = collected([entry("remi-eimf", 4, .3), entry("remi", 4, .3), entry("dnn", 1, .3), entry(CONTROLS[1], 4, .3)],
+    new = collected([entry("remi-eimf", 4, .32), entry("remi", 4, .3), entry("dnn", 1, .31), entry(CONTROLS[1], 4, .3)],
                     [against("remi", .01, 4), against(CONTROLS[1], .04, 4)], parts=[part(remi=.3, remi_eimf=.4)], seeds=2)
     before = json.dumps([old, new])
     merged, dropped = paper_merge.merge(old, new)
     assert json.dumps([old, new]) == before
     assert [(m["model"], len(m["seeds"]), m["by_seed"][0]) for m in merged["models"]] == [
-        ("remi", 5, .2), ("remi-eimf", 4, .3), (CONTROLS[0], 3, .2), (CONTROLS[1], 4, .3), ("pop", 1, .2), ("dnn", 1, .3), (experiments.ABLATIONS[0], 5, .2)]
-    assert [(c["b"][1], c["seeds"], c["p_users_holm"]) for c in merged["comparisons"]] == [
-        ("remi", 4, .03), (CONTROLS[0], 3, .06), (CONTROLS[1], 4, .06), (experiments.ABLATIONS[0], 5, .0102)]
+        ("remi", 5, .2), ("remi-eimf", 4, .32), (CONTROLS[0], 3, .2), (CONTROLS[1], 4, .3), ("pop", 1, .2), ("dnn", 1, .31), ("sasrec", 5, .2), ("sasrec-eimf", 5, .22)]
+    assert [(c["b"][1], c["seeds"], c["gain"], c.get("table_gain"), c["p_users_holm"]) for c in merged["comparisons"]] == [
+        ("remi", 4, .02, .12, .03), (CONTROLS[0], 3, .02, .12, .06), (CONTROLS[1], 4, .02, None, .06), ("sasrec", 5, .02, None, .0102),
+        ("pop", 4, .12, None, None), ("dnn", 1, .01, None, None), ("sasrec", 4, .12, None, None)]
     assert merged["comparisons"][1]["verdict"] == "not significant" and merged["comparisons"][0]["verdict"].startswith("better")
-    assert dropped == ["1 comparisons: no longer made, or of models that were dropped or both run anew"]  # of dnn and remi-eimf
+    assert [c["verdict"] for c in merged["comparisons"][4:]] == ["better over seeds, not tested over users", "not tested", "better over seeds, not tested over users"]
+    assert dropped == ["tests over users in 1 comparisons: of one seed, and of other runs than the published ones"]
     assert merged["parts"] == [part(remi=.1, remi_eimf=.4)] and list(merged["clusters"]) == ["Office_Products-file-order"]
     assert merged["no_titles"] == [] and merged["seeds"] == 5 and merged["asked"]["groups"] == ["headline"]
     assert json.dumps(paper_merge.merge(merged, new)) == json.dumps((merged, []))
+
+
+def test_a_published_comparison_says_what_the_published_runs_say():
+    """Its gain by seed is the difference of the entries'; one of other runs says so; parts have no seeds, so theirs go."""
+    at = {"family": "parts", "kind": "history", "part": "5 to 9"}
+    models = [entry("remi", 3) | {"by_seed": [.2, .3, .4]}, entry("remi-eimf", 3) | {"by_seed": [.25, .31, .47]}, entry("pop", 1, .1)]
+
+    def published(*comparisons):
+        return paper_merge.merge(collected(models, comparisons, parts=[part(remi=.1, remi_eimf=.15)]), collected([]))[0]["comparisons"]
+    agrees = against("remi", .02, 3, gain=.04333, gain_by_seed=[.05, .01001, .07])
+    assert [c["gain"] for c in published(agrees, against("remi", .01, 1, gain=.05, **at))] == [.04333, pytest.approx(.2433, abs=1e-4), .05]
+    found, pop = published(against("remi", .02, 2), against("remi", .01, 1, gain=.06, **at))
+    assert (found["gain"], found["table_gain"], found["seeds"], pop["b"][1]) == (.02, .04333, 2, "pop")
+    found, pop = published(against("remi", .02, 1))
+    assert found["gain_by_seed"] == pytest.approx([.05, .01, .07]) and found["p_users"] is found["low"] is None and 0 < found["p_seeds"] < 1
+    assert pop["gain_by_seed"] == pytest.approx([.15, .21, .37])
+    texts = [paper_report.blocks(numbers([]) | {"comparisons": published(c)}) for c in (against("remi", .02, 2), against("remi", .02, 1))]
+    assert "earlier runs; the tables' gain is +.0433" in str(texts[0]) and "not tested over users" in str(texts[1]) and "no interval" in str(texts[1])
 
 
 def test_publishing_keeps_the_larger_comparison_of_backbones_together(monkeypatch):

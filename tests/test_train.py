@@ -479,7 +479,11 @@ def test_popularity(train, tiny):
     for user in np.flatnonzero(split == 0):
         for item in items[offsets[user]:offsets[user + 1]]:
             expected[item] += 1
-    np.testing.assert_array_equal(counts, expected)
+    np.testing.assert_array_equal(np.floor(counts), expected)
+    assert len(np.unique(counts)) == len(counts)  # no ties, and equal counts are not in the order of item numbers
+    for count in np.unique(expected[1:]):
+        tied = counts[1:][expected[1:] == count]
+        assert len(tied) < 5 or (np.diff(tied) > 0).any() and (np.diff(tied) < 0).any()
 
 
 @pytest.mark.parametrize("arguments, code, message", [

@@ -161,7 +161,7 @@ def gbce_loss(query, positive, negative, is_target, n_items, calibration):
     Shapes as for `sampled_scores`. The target's probability is raised to beta = alpha (t (1 - 1 / alpha) + 1 / alpha), with alpha =
     S / (N - 1) the share of items that is sampled and t = calibration: t = 0 is the plain binary cross-entropy, t = 1 undoes the
     overconfidence that sampling causes.
-    The terms are summed, where the paper divides by S + 1: its weight beside the other terms then does not depend on S.
+    The terms are summed, where the paper divides by S + 1: its weight beside the other terms grows with S.
     """
     positive, scores = sampled_scores(query, positive, negative, is_target)
     alpha = min(1.0, len(negative) / (n_items - 1))

@@ -65,7 +65,8 @@ class BehaviouralModel(nn.Module):
 def by_length(x, history):
     """Let a user have max(1, min(K, log2 L)) interests, L events in its history (MIND, arXiv 1904.08030, Eq. 9).
 
-    x (B, K, ...): the rows beyond become copies of the first, which change no maximum over interests.
+    x (B, K, ...): the rows beyond become copies of the first, which change no maximum over interests. The backbone has routed to all K
+    before, where MIND's own routing has no others.
     """
     count = (history > 0).sum(1).clamp(min=1).log2().floor().clamp(min=1)  # (B,)
     keep = torch.arange(x.shape[1], device=x.device) < count[:, None]
@@ -91,11 +92,16 @@ def table_from_text(table, item_text):
 
 
 class Popularity(nn.Module):
-    """The popularity baseline in the shape of a backbone: one interest (1,), an item's vector is its training count."""
+    """The popularity baseline in the shape of a backbone: one interest (1,), an item's vector is its training count.
+
+    Less than a half is added to break ties at random: item numbers, which would break them otherwise, go by the counts of all users, and so
+    tell which of two items the test users have more often.
+    """
 
     def __init__(self, counts):
         super().__init__()
-        self.items = nn.Embedding.from_pretrained(torch.tensor(counts, dtype=torch.float32)[:, None])
+        tie = np.random.default_rng(0).permutation(len(counts)) / (2 * len(counts))
+        self.items = nn.Embedding.from_pretrained(torch.tensor(counts + tie, dtype=torch.float32)[:, None])
 
     def tables(self):
         return self.items.weight, self.items.weight

@@ -85,8 +85,8 @@ class Transformer(Backbone):
 class SASRec(Transformer):
     """Causal Transformer, the state at the newest event (SASRec, arXiv 1808.09781, section 3).
 
-    Trained here with the losses of the other models, not with the binary cross-entropy of one negative. Routing is the attention
-    of the newest event in the last block, mean over heads.
+    Trained here as the other models are, on one target of a history at a step and with their losses; the paper predicts every event, with a
+    binary cross-entropy of one negative. Routing is the attention of the newest event in the last block, mean over heads.
     """
     defaults = {"dropout": 0.2}
     heads, hidden, activation, causal = 1, 1, nn.ReLU, True
