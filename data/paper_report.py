@@ -90,8 +90,8 @@ def earlier(c):
 
 
 def whisker(c):
-    """Ends of a comparison's interval as distances from its gain, for errorbar. No length where there is no interval."""
-    return [[0], [0]] if c["low"] is None else [[c["gain"] - c["low"]], [c["high"] - c["gain"]]]
+    """Ends of a comparison's interval as distances from its gain, for errorbar; NaN, of which it draws nothing, where there is no interval."""
+    return [[np.nan], [np.nan]] if c["low"] is None else [[c["gain"] - c["low"]], [c["high"] - c["gain"]]]
 
 
 def p_values(c):
@@ -256,7 +256,7 @@ def plot_ablations(n, places):
             axis.plot(entry["by_seed"], [y] * len(entry["by_seed"]), "o", color="black", markersize=3)
             ends += entry["by_seed"]
         axis.set_yticks(range(len(names)), [label("", m) for m in reversed(names)], fontsize=9)
-        axis.set(title=f"{place[0]}, {place[1]}", xlabel="test Recall@50", xlim=(max(0, min(ends) - .01), None))
+        axis.set(title=f"{place[0]}, {place[1]}", xlabel="test Recall@50", xlim=(max(0, np.nanmin(ends) - .01), None))
         axis.spines[["top", "right"]].set_visible(False)
     return figure(fig, "Figure 3: what each part of EIMF contributes. Dots: seeds; whiskers: 95 % interval of the difference from EIMF(REMI), "
                        "paired by test user. The axis does not start at 0.")
