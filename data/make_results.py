@@ -18,7 +18,7 @@ sys.path[:0] = [str(ROOT / "stages"), str(ROOT / "data")]
 
 from eimf.report import markdown_table, p_value  # noqa: E402
 from experiments import ALL, CONTROLS, settled  # noqa: E402
-from paper_report import earlier, together_text  # noqa: E402
+from paper_report import other_runs, together_text  # noqa: E402
 
 COLUMNS = {"recall@20": "R@20", "recall@50": "R@50", "ndcg@50": "NDCG@50", "hr@20": "HR@20", "hr@50": "HR@50"}
 MODELS = ("pop", "remi", "remi-eimf", *CONTROLS, "remi-best", "remi-best-eimf")
@@ -70,7 +70,7 @@ def render(path):
                 tests = [f"95 % interval {c['low']:+.4f} to {c['high']:+.4f}"] if c["low"] is not None else []
                 tests.append(f"{c['seeds']} seed{'s' * (c['seeds'] > 1)}")
                 p_values = [f"over {what} {p_value(c[f'p_{what}_holm'])}" for what in ("users", "seeds") if c[f"p_{what}_holm"] is not None]
-                tests += [", ".join(p_values)] * bool(p_values) + [earlier(c)] * bool(earlier(c))
+                tests += [", ".join(p_values)] * bool(p_values) + [other_runs(c)] * bool(other_runs(c))
                 said.append(f"- {a} against {b}{', the strongest tuned backbone' * strongest}, R@50: {c['gain']:+.4f} ({'; '.join(tests)}): **{c['verdict']}**.")
         parts.append("\n\n".join([f"**{place[0]}, {place[1]} split**", markdown_table(["model", "seeds", *COLUMNS.values()], rows), *["\n".join(said)] * bool(said)]))
     return "\n\n".join([*parts, found["headline"]])

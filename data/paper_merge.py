@@ -1,7 +1,7 @@
 """Add the numbers of one data folder to the published ones, entry by entry: what was run on machines that are gone stays published.
 
 Of two entries for one thing that with more seeds stays, of equals the new one. A published entry goes when experiments.py would no longer
-make it so. A comparison says what the entries beside it say, or that it is of earlier runs. `old` and `new` are as paper_numbers.collect returns them; neither is changed.
+make it so. A comparison says what the entries beside it say, or that it is of other runs. `old` and `new` are as paper_numbers.collect returns them; neither is changed.
 """
 import shlex
 from collections import defaultdict
@@ -96,7 +96,7 @@ def merge(old, new):
 def agreeing(of, candidates, entries, parts):
     """Of the comparisons of one thing, the one that says what the published entries say; None if there is nothing to say.
 
-    If none does, an earlier one of several seeds, with the entries' gain beside its own ("table_gain"). Else one from the entries' means by
+    If none does, one of other runs and several seeds, with the entries' gain beside its own ("table_gain"). Else one from the entries' means by
     seed, which says nothing over users.
     """
     family, a, b, kind, part = of

@@ -84,9 +84,9 @@ def interval(low, high):
     return f"[{signed(low)}, {signed(high)}]" if low is not None else "no interval"
 
 
-def earlier(c):
+def other_runs(c):
     """What to say of a comparison whose runs are not those of the tables; "" of the others."""
-    return f"earlier runs; the tables' gain is {signed(c['table_gain'])}" if "table_gain" in c else ""
+    return f"of other runs than the tables', whose gain is {signed(c['table_gain'])}" if "table_gain" in c else ""
 
 
 def whisker(c):
@@ -146,7 +146,7 @@ def headline(n):
         sentences.append(f"Not all of these runs are finished on {listed(map(', '.join, unfinished))}.")
     details = [f"{', '.join(place)}, against {opponents[b]}: {signed(c['gain'])} Recall@50, 95 % interval " + (
         f"{signed(c['low'])} to {signed(c['high'])}" if c["low"] is not None else "unknown") + f", {p_values(c)}: {c['verdict']}" + (
-        f" ({earlier(c)})" if earlier(c) else "") + "." for place, found in table.items() for b, c in found.items()]
+        f" ({other_runs(c)})" if other_runs(c) else "") + "." for place, found in table.items() for b, c in found.items()]
     return " ".join(sentences), details
 
 
@@ -203,7 +203,7 @@ def comparison_table(found, caption, against="b"):
     rows = [[where(c), label(*c[against]), str(c["seeds"]), str(c["users"]), f"{signed(c['gain'])}\n{interval(c['low'], c['high'])}",
              f"{p_value(c['p_users_holm'])}\nraw {p_value(c['p_users'])}" if c["p_users"] is not None else "not tested",
              f"{p_value(c['p_seeds_holm'])}\nraw {p_value(c['p_seeds'])}" if c["p_seeds"] is not None else "one seed",
-             "\n".join(filter(None, (c["verdict"], earlier(c))))] for c in found]
+             "\n".join(filter(None, (c["verdict"], other_runs(c))))] for c in found]
     column = "against" if against == "b" else "model"
     header = ["data", column, "seeds", "users", "gain in Recall@50", "over users", "over seeds", "verdict"]
     return [("table", header, rows, caption)] if rows else []
@@ -451,8 +451,8 @@ def run_deviations(n):
 def provenance(n):
     out = [("h2", "What is behind each number"),
            ("p", "RAW_DIR and LLM_DIR stand for the folders of raw files and recorded answers. The first seed's command is shown; the others "
-                 "differ in --seed and --run. The runs may be of several machines and commits. A comparison of which it is not said that it is of earlier runs "
-                 "is of those in the tables. Not tested over users: the two models were run in different data folders.")]
+                 "differ in --seed and --run. The runs may be of several machines and commits. A comparison is of the runs in the tables "
+                 "where it does not say otherwise. Not tested over users: the two models were run in different data folders.")]
     machines = list(dict.fromkeys(str(m) for e in n.all["models"] for m in e["machines"]))
     unique = {str(m): m for e in n.all["models"] for m in e["machines"]}.values()
     described = [f"{m['cpu']}, {m['cores']} cores, {m['gpu'] or 'no GPU'}" for m in unique]

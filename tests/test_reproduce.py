@@ -498,7 +498,7 @@ def test_a_published_comparison_says_what_the_published_runs_say():
     assert found["gain_by_seed"] == pytest.approx([.05, .01, .07]) and found["p_users"] is found["low"] is None and 0 < found["p_seeds"] < 1
     assert pop["gain_by_seed"] == pytest.approx([.15, .21, .37])
     texts = [paper_report.blocks(numbers([]) | {"comparisons": published(c)}) for c in (against("remi", .02, 2), against("remi", .02, 1))]
-    assert "earlier runs; the tables' gain is +.0433" in str(texts[0]) and "not tested over users" in str(texts[1]) and "no interval" in str(texts[1])
+    assert "of other runs than the tables', whose gain is +.0433" in str(texts[0]) and "not tested over users" in str(texts[1]) and "no interval" in str(texts[1])
 
 
 def test_publishing_keeps_the_larger_comparison_of_backbones_together(monkeypatch):
